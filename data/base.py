@@ -1,0 +1,94 @@
+"""The base model: a GPT from scratch that imitates the task's noisy demonstrator, made once and kept in `.cache/`.
+
+It stands in for a pretrained checkpoint: right about half of the time, and unable to get better by more imitation.
+"""
+import hashlib
+import json
+import pathlib
+import time
+
+import numpy as np
+import torch
+
+from data import make_task, stream
+from model import GPT, GPTConfig, load_checkpoint, load_model, save_checkpoint
+from precision import InputError, Numerics, make_scaler
+from sample import PAD, STOP, TOKENIZER, Sampler, encode, solve
+
+CACHE = pathlib.Path(__file__).resolve().parent.parent / ".cache"
+RECIPE = 1          # raise it when the way a base is made changes, so that old ones are not taken for new
+
+
+def gpt_config(cfg, task):
+    return GPTConfig(vocab_size=TOKENIZER.n_vocab, n_layers=cfg.n_layers, width=cfg.width, n_heads=cfg.n_heads,
+                     n_kv_heads=cfg.n_kv_heads, mlp_width=cfg.mlp_width, context=task.prompt_length + task.answer_length)
+
+
+def demonstrations(task, n, rng, shortest):
+    """n worked answers -> (tokens (n, T) int64 right-padded, is_answer (n, T) bool)."""
+    rows = []
+    for _ in range(n):
+        problem = task.problem(rng)
+        prompt, answer = encode(problem.prompt), encode(task.demonstrate(problem, rng)) + [STOP]
+        rows.append((len(prompt), prompt + answer))
+    tokens = np.full((n, max(len(r) for _, r in rows)), PAD)
+    answer = np.zeros(tokens.shape, bool)
+    for i, (start, row) in enumerate(rows):
+        tokens[i, :len(row)], answer[i, start:len(row)] = row, True
+    return torch.from_numpy(tokens), torch.from_numpy(answer)
+
+
+def clock(seconds):
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def get_base(cfg, device, say=print):
+    """The base model for this run's settings: from the cache if it is there, else trained and put there."""
+    task = make_task(cfg.task, cfg.digits, cfg.noise)
+    shape = gpt_config(cfg, task)
+    seed = cfg.seed if cfg.base_seed < 0 else cfg.base_seed
+    key = dict(recipe=RECIPE, task=cfg.task, digits=cfg.digits, noise=cfg.noise, gpt=shape.__dict__, steps=cfg.base_steps, seed=seed,
+               batch=cfg.base_batch, lr=cfg.base_lr, precision=cfg.base_precision, device=device.type, torch=torch.__version__)
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    path = CACHE / f"base-{cfg.task}{cfg.digits}-{name}" / "checkpoint.pt"
+    if path.exists():
+        try:
+            model = load_model(load_checkpoint(path, device), device, expect=shape)
+            say(f"base model: {path.parent.relative_to(CACHE.parent)} (cached), {model.n_params() / 1e6:.2f} M parameters")
+            return model
+        except InputError as e:
+            say(f"base model: {e}; making it again")
+    model = GPT(shape, device, seed)
+    say(f"base model: none in the cache for these settings; {model.n_params() / 1e6:.2f} M parameters learn to imitate a noisy "
+        f"demonstrator ({cfg.base_steps} steps of {cfg.base_batch})")
+    train_base(model, task, cfg, seed, say)
+    save_checkpoint(path, model, config=dict(task=cfg.task, digits=cfg.digits, noise=cfg.noise), key=json.dumps(key))
+    return model
+
+
+def train_base(model, task, cfg, seed, say=print):
+    """Cross-entropy on the demonstrators' answers, AdamW, a short warm-up and a linear fall to 0."""
+    device = model.embedding.device
+    num = Numerics(cfg.base_precision, device).hold(model.parameters())
+    model.use(num)
+    scaler = make_scaler(num)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.base_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    begin, warmup = time.time(), max(1, cfg.base_steps // 20)
+    for step in range(cfg.base_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.base_lr * min((step + 1) / warmup, 1 - step / cfg.base_steps)
+        tokens, answer = demonstrations(task, cfg.base_batch, stream(seed, 1, step), 0)
+        logp, _ = model.token_logprobs(tokens.to(device), answer.to(device))
+        loss = -logp.mean()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        num.refresh()
+        if (step + 1) % max(1, cfg.base_steps // 10) == 0:
+            spent = time.time() - begin
+            say(f"  warm-up {step + 1:5}/{cfg.base_steps}  loss {loss.item():.3f}  {clock(spent)} spent, "
+                f"{clock(spent / (step + 1) * (cfg.base_steps - step - 1))} to go")
+    model.use(Numerics("fp32", device).hold(model.parameters()))

@@ -1,0 +1,256 @@
+"""model.py: a modern decoder-only transformer, small enough to read at one sitting, and its checkpoints.
+
+Pre-norm blocks of RMSNorm, rotary positions, grouped-query attention and SwiGLU, with optional QKV bias, QK-norm and tied
+head: the shape of Qwen2.5, Qwen3 and Llama 3. The one `forward(tokens, cache=None)` serves rollout and training. Every
+arithmetic operator is a method of `self.num` (precision.Numerics), so no number is rounded in this file.
+
+Names: B rows, T tokens, C width, H query heads, KV key/value heads, D head width, F MLP width, V vocabulary.
+Left out: dropout (RL never sees an answer twice), attention variants, initialisation schemes to choose from.
+"""
+import dataclasses
+import os
+import pathlib
+import zipfile
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from precision import InputError, Numerics
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    vocab_size: int
+    n_layers: int = 4
+    width: int = 128
+    n_heads: int = 4
+    n_kv_heads: int = 2            # fewer than n_heads: query heads share keys and values, and the cache shrinks
+    head_dim: int = 0              # 0: width / n_heads (Qwen3 sets it apart)
+    mlp_width: int = 384
+    context: int = 64              # the longest sequence, prompt and answer together
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False         # Qwen2.5
+    qk_norm: bool = False          # Qwen3
+    tied_head: bool = False        # the head is the embedding's transpose
+
+    def __post_init__(self):
+        if self.head_dim == 0:
+            object.__setattr__(self, "head_dim", self.width // self.n_heads)
+        if self.n_heads % self.n_kv_heads:
+            raise InputError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.head_dim % 2:
+            raise InputError(f"head_dim {self.head_dim} is odd: rotary positions need pairs of features")
+
+
+class KVCache:
+    """Preallocated keys and values, (B, KV, capacity, D) a layer, in the compute dtype: rounded as training rounds them.
+
+    Slot t of a row holds the key of the token at position t, so a cached step sees keys in the same places as a full one.
+    `length` is an int while all rows are equally long, else a (B,) int64 tensor; `longest` is an int in both cases."""
+
+    def __init__(self, cfg, rows, capacity, num):
+        shape = (cfg.n_layers, rows, cfg.n_kv_heads, capacity, cfg.head_dim)
+        self.k = torch.zeros(shape, dtype=num.dtype, device=num.device)
+        self.v = torch.zeros(shape, dtype=num.dtype, device=num.device)
+        self.length = self.longest = 0
+
+    def rows(self, index, lengths=None, room=0):
+        """A cache of the rows `index` (int64 tensor, repeats allowed) with `room` more slots. lengths: where each new row
+        ends, if that is not where all of them end."""
+        new = object.__new__(KVCache)
+        new.length = self.length if isinstance(self.length, int) else self.length[index]
+        if lengths is not None:
+            new.length = lengths
+        new.longest = self.longest
+        new.k, new.v = (nn.functional.pad(t[:, index], (0, 0, 0, room)) if room else t[:, index] for t in (self.k, self.v))
+        return new
+
+    def append(self, layer, k, v):
+        """Write k, v (B, KV, T, D) behind what is there; returns all keys and values up to the longest row's end."""
+        T = k.shape[2]
+        if isinstance(self.length, int):
+            end = self.length + T
+            self.k[layer, :, :, self.length:end] = k
+            self.v[layer, :, :, self.length:end] = v
+        else:
+            at = self.length[:, None] + torch.arange(T, device=k.device)                      # (B, T)
+            row = torch.arange(len(at), device=k.device)[:, None]
+            self.k[layer][row, :, at] = k.transpose(1, 2)
+            self.v[layer][row, :, at] = v.transpose(1, 2)
+            end = self.longest + T
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)). Parameters only: the operators are Numerics'."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        H, KV, D, C = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, cfg.width
+        self.cfg = cfg
+        self.norm1 = nn.Parameter(torch.ones(C))
+        self.qkv = nn.Parameter(torch.empty((H + 2 * KV) * D, C))          # queries, keys, values, one product
+        self.qkv_bias = nn.Parameter(torch.zeros((H + 2 * KV) * D)) if cfg.qkv_bias else None
+        self.q_norm = nn.Parameter(torch.ones(D)) if cfg.qk_norm else None
+        self.k_norm = nn.Parameter(torch.ones(D)) if cfg.qk_norm else None
+        self.proj = nn.Parameter(torch.empty(C, H * D))
+        self.norm2 = nn.Parameter(torch.ones(C))
+        self.gate_up = nn.Parameter(torch.empty(2 * cfg.mlp_width, C))     # gate first, value second
+        self.down = nn.Parameter(torch.empty(C, cfg.mlp_width))
+
+    def forward(self, x, cos, sin, mask, num, name, cache=None, layer=0):
+        B, T, C = x.shape
+        cfg, H, KV, D = self.cfg, self.cfg.n_heads, self.cfg.n_kv_heads, self.cfg.head_dim
+        num.where = f"{name}.attention"
+        h = num.linear(num.rms_norm(x, self.norm1, cfg.norm_eps), self.qkv, self.qkv_bias)
+        q, k, v = (t.view(B, T, -1, D) for t in h.split((H * D, KV * D, KV * D), -1))
+        if cfg.qk_norm:
+            q, k = num.rms_norm(q, self.q_norm, cfg.norm_eps), num.rms_norm(k, self.k_norm, cfg.norm_eps)
+        q, k, v = num.rope(q, cos, sin), num.rope(k, cos, sin), v.transpose(1, 2)             # (B, heads, T, D)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        y = num.attention(q, k, v, mask).transpose(1, 2).reshape(B, T, H * D)
+        x = num.add(x, num.linear(y, self.proj))
+        num.where = f"{name}.mlp"
+        h = num.swiglu(num.linear(num.rms_norm(x, self.norm2, cfg.norm_eps), self.gate_up))
+        return num.add(x, num.linear(h, self.down))
+
+
+class GPT(nn.Module):
+    def __init__(self, cfg, device="cpu", seed=0):
+        """FP32 master weights, drawn from `seed` on the CPU so that every device starts from the same numbers."""
+        super().__init__()
+        self.cfg = cfg
+        self.embedding = nn.Parameter(torch.empty(cfg.vocab_size, cfg.width))
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.norm = nn.Parameter(torch.ones(cfg.width))
+        self.head = self.embedding if cfg.tied_head else nn.Parameter(torch.empty(cfg.vocab_size, cfg.width))
+        g = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                # the residual stream sums 2 n_layers branches: scale what feeds it (Radford et al. 2019)
+                branch = name.endswith(("proj", "down"))
+                nn.init.normal_(p, std=0.02 / (2 * cfg.n_layers) ** 0.5 if branch else 0.02, generator=g)
+        self.to(device)
+        # angles in FP64, tables in FP32: position times frequency must not be rounded before the cosine
+        frequency = cfg.rope_theta ** -(torch.arange(0, cfg.head_dim, 2, dtype=torch.float64) / cfg.head_dim)
+        angle = torch.arange(cfg.context, dtype=torch.float64)[:, None] * frequency
+        self.register_buffer("cos", angle.cos().float().to(device), persistent=False)          # (context, D/2)
+        self.register_buffer("sin", angle.sin().float().to(device), persistent=False)
+        self.use(Numerics("fp32", device).hold(self.parameters()))
+
+    def use(self, num):
+        """Compute in this number format from now on. `num` must hold this model's parameters."""
+        self.num = num
+        return self
+
+    def forward(self, tokens, cache=None):
+        """tokens (B, T) int64 -> hidden states (B, T, C) after the last norm, in num.dtype.
+
+        Without a cache the rows start at position 0 and attention is causal; right padding is harmless, since nothing
+        looks to its right. With a cache the tokens continue each row behind cache.length, which moves on by T."""
+        num, T = self.num, tokens.shape[1]
+        start = 0 if cache is None else cache.length
+        if isinstance(start, int):
+            if start + T > self.cfg.context:
+                raise InputError(f"{start + T} tokens do not fit the model's context of {self.cfg.context}")
+            cos, sin, mask = self.cos[start:start + T], self.sin[start:start + T], None
+            if start and T > 1:                                    # a chunk behind a cache: shifted causal mask
+                mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril_(start)
+        else:                                                      # ragged rows, each at a position of its own
+            position = start[:, None] + torch.arange(T, device=tokens.device)                 # (B, T)
+            cos, sin = self.cos[position], self.sin[position]
+            mask = (torch.arange(cache.longest + T, device=tokens.device) <= position[..., None])[:, None]
+        num.where = "embedding"
+        x = num.embed(tokens, self.embedding)
+        for i, block in enumerate(self.blocks):
+            x = block(x, cos, sin, mask, num, f"blocks.{i}", cache, i)
+        if cache is not None:
+            cache.length, cache.longest = start + T, cache.longest + T
+        num.where = "head"
+        return num.rms_norm(x, self.norm, self.cfg.norm_eps)
+
+    def logits(self, hidden):
+        """hidden (N, C) -> FP32 logits (N, V). For the few rows of a decode step; training uses token_logprobs."""
+        return self.num.logits(hidden, self.head)
+
+    def token_logprobs(self, tokens, where, temperature=1.0):
+        """Teacher-forced log-probs of the tokens that `where` marks, as the sampler would have recorded them.
+
+        tokens (B, T) int64, right-padded; where (B, T) bool, False in column 0. Returns two FP32 vectors in row-major order
+        of `where`: log pi(token | what stands left of it) and the entropy of that distribution, nats."""
+        hidden = self(tokens[:, :-1]).flatten(0, 1)                 # position t predicts token t + 1
+        rows = where[:, 1:].flatten().nonzero()[:, 0]
+        return self.num.token_logprobs(hidden, self.head, tokens[:, 1:].flatten()[rows], rows, temperature)
+
+    def n_params(self):
+        return sum(p.numel() for p in self.parameters())
+
+    def flops(self, tokens, context, heads):
+        """Multiply-adds counted as 2, for one forward pass: `tokens` through the blocks, each with `context` keys on
+        average, `heads` of them through the head. A backward pass is twice that. Masked scores are not counted."""
+        c = self.cfg
+        per_token = sum(p.numel() for b in self.blocks for p in b.parameters() if p.dim() == 2)
+        return 2 * tokens * (per_token + 2 * c.n_layers * c.n_heads * c.head_dim * context) + 2 * heads * c.vocab_size * c.width
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: one file, a dict of tensors and plain values. No pickle is ever loaded.
+
+FORMAT_VERSION = 1
+
+
+def save_checkpoint(path, model, **rest):
+    """Write model and `rest` (tensors, dicts, lists, numbers, strings) to `path` so that `path` is at every moment either
+    the complete old file or the complete new one: write beside it, flush to the disk, rename."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    state = dict(tenbit=FORMAT_VERSION, gpt=dataclasses.asdict(model.cfg), model=model.state_dict(), **rest)
+    try:
+        with open(partial, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as e:                            # torch wraps a failed write in a RuntimeError
+        partial.unlink(missing_ok=True)
+        if isinstance(e, RuntimeError) and "write" not in str(e):
+            raise
+        reason = e.strerror if isinstance(e, OSError) else "the disk did not take all of it (full?)"
+        raise InputError(f"cannot write {path}: {reason}; what was there before is untouched") from e
+
+
+def load_checkpoint(path, device="cpu"):
+    """The dict that save_checkpoint wrote; `path` is the file or the folder that holds it as checkpoint.pt."""
+    path = pathlib.Path(path)
+    path = path / "checkpoint.pt" if path.is_dir() else path
+    if not path.is_file():
+        raise InputError(f"no checkpoint at {path}")
+    try:
+        with zipfile.ZipFile(path) as z:                             # a truncated file has lost its directory, at the end
+            damaged = z.testzip()
+        state = None if damaged else torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:  # whatever is wrong with a foreign file, the answer to the user is the same
+        raise InputError(f"{path} is not a complete checkpoint ({type(e).__name__}): truncated, or another program's file") from e
+    if not isinstance(state, dict) or "tenbit" not in state:
+        raise InputError(f"{path} is {'damaged' if state is None else 'not a checkpoint of this program'}")
+    if state["tenbit"] != FORMAT_VERSION:
+        raise InputError(f"{path} has checkpoint version {state['tenbit']}, this program reads version {FORMAT_VERSION}")
+    return state
+
+
+def load_model(state, device="cpu", expect=None):
+    """GPT from a loaded checkpoint. expect: the GPTConfig that the run's settings ask for; a differing shape is refused."""
+    cfg = GPTConfig(**state["gpt"])
+    if expect is not None and expect != cfg:
+        a, b = dataclasses.asdict(cfg), dataclasses.asdict(expect)
+        raise InputError("the checkpoint's model has another shape: " +
+                         ", ".join(f"{k} {a[k]} there, {b[k]} asked for" for k in a if a[k] != b[k]))
+    model = GPT(cfg, device)
+    model.load_state_dict(state["model"])
+    for p in model.parameters():
+        p.requires_grad_(True)
+    return model.use(Numerics("fp32", device).hold(model.parameters()))

@@ -1,0 +1,494 @@
+"""precision.py: the only file in which a number is rounded.
+
+RL fine-tuning acts with one set of roundings and learns with another. This file makes both the same: `Numerics` is one
+number format on one device, and the model, the sampler and the trainer call its operators and nothing else.
+
+    python precision.py          # the formats in one table, and where a real training step's numbers lie in each
+
+Where is a number rounded? At the end of every operator here, once: on the way forward its output, on the way back its
+input gradient. Inside an operator everything is FP32: products accumulate in FP32, norms and softmax are computed in FP32.
+
+    CUDA   values are stored in the format (torch.float16, ...), tensor cores multiply, accumulate in FP32, round on output
+    CPU    values are stored in FP32 tensors that hold only numbers of the format; an FP32 GEMM, then one rounding
+
+That is the same arithmetic. A CPU's native half GEMM is 5 to 40 times slower than its FP32 one and is never issued.
+The FP32 master weights live in the model; `refresh` rounds them once per update, in place, and rollout and training both
+read the rounded ones. Left out on purpose: torch.autocast, whose lists of operators decide out of sight what is rounded.
+"""
+import difflib
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+class InputError(ValueError):
+    """The user gave something that cannot work. The commands print it as one line, without a stack trace."""
+
+
+def nearest(name, known):
+    """`, did you mean X?` for the known name that is closest to `name`, or nothing."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Formats are data
+
+
+@dataclass(frozen=True)
+class Format:
+    """A binary floating-point format with IEEE semantics: one sign bit, `exp` exponent bits, `man` mantissa bits, the
+    top exponent kept for inf and nan, subnormals below the smallest normal number, round to nearest even."""
+    name: str
+    exp: int
+    man: int
+    native: torch.dtype | None = None   # a torch dtype that is exactly this format, if there is one
+
+    @property
+    def eps(self):                      # spacing of the numbers just above 1
+        return 2.0 ** -self.man
+
+    @property
+    def tiny(self):                     # smallest normal number
+        return 2.0 ** (2 - 2 ** (self.exp - 1))
+
+    @property
+    def smallest(self):                 # smallest subnormal number; half of it and less becomes 0
+        return self.tiny * self.eps
+
+    @property
+    def max(self):                      # largest finite number; more becomes inf
+        return 2.0 ** (2 ** (self.exp - 1) - 1) * (2 - self.eps)
+
+    @property
+    def needs_loss_scaling(self):
+        """Gradients of an RL loss are around 1e-4 / tokens: with fewer exponent bits than FP32 they fall below `smallest`."""
+        return self.exp < 8
+
+
+FORMATS = {f.name: f for f in (
+    Format("fp32", 8, 23, torch.float32),
+    Format("tf32", 8, 10),              # FP16's mantissa with FP32's range: a storage format here, exact on TF32 tensor cores
+    Format("bf16", 8, 7, torch.bfloat16),
+    Format("fp16", 5, 10, torch.float16),
+)}
+
+
+def parse_format(text):
+    """`fp32`, `tf32`, `bf16`, `fp16`, or any `eXmY` with 2 <= X <= 8 exponent and 1 <= Y <= 23 mantissa bits -> Format."""
+    name = str(text).lower()
+    if name in FORMATS:
+        return FORMATS[name]
+    m = re.fullmatch(r"e(\d+)m(\d+)", name)
+    if not m:
+        raise InputError(f"unknown number format {text!r}{nearest(name, FORMATS)}: use {', '.join(FORMATS)} or eXmY such as e5m7")
+    exp, man = int(m[1]), int(m[2])
+    if not (2 <= exp <= 8 and 1 <= man <= 23):
+        raise InputError(f"number format {text!r} makes no sense: eXmY needs 2 to 8 exponent bits and 1 to 23 mantissa bits")
+    return next((f for f in FORMATS.values() if (f.exp, f.man) == (exp, man)), Format(name, exp, man))
+
+
+def emulate_(x, fmt):
+    """Round an FP32 tensor in place to the nearest number of any `fmt`, ties to even. Returns x.
+
+    A float's bit pattern is an integer that grows with the number, so rounding is integer addition: add just under half
+    of the last kept bit (exactly half if that bit is odd) and cut. A carry runs into the exponent, which is right.
+    Subnormals have a fixed spacing; adding and subtracting 1.5 * 2^23 spacings lets the FP32 adder do that rounding."""
+    cut = 23 - fmt.man
+    if cut == 0 and fmt.exp == 8:
+        return x
+    special = ~torch.isfinite(x)
+    kept = x[special]
+    small = x.abs() < fmt.tiny if fmt.exp < 8 else None
+    if small is not None:
+        big = 1.5 * 2.0 ** 23 * fmt.smallest
+        # copysign keeps the sign of what becomes zero
+        subnormal = torch.copysign((x + big) - big, x)
+    if cut:
+        bits = x.view(torch.int32)
+        bits += ((bits >> cut) & 1) + ((1 << (cut - 1)) - 1)
+        bits &= -(1 << cut)
+    if small is not None:
+        torch.where(small, subnormal, x, out=x)
+        x.masked_fill_(x > fmt.max, math.inf).masked_fill_(x < -fmt.max, -math.inf)
+    x[special] = kept                                         # inf and nan are what they were
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The operators
+
+
+class Numerics:
+    """One number format on one device: rounds, multiplies, and keeps the rounded copy of the master weights.
+
+    fmt: Format; device: torch.device. `dtype` is the dtype in which activations, rounded weights and the KV cache are
+    kept: the format's own on CUDA, FP32 tensors of rounded numbers wherever the format is emulated.
+    `spy`, if set, is called as spy(where, kind, tensor) with each operator's rounded output ("forward") and input
+    gradient ("backward"): the anatomy below and the search for a first NaN both look through it."""
+
+    def __init__(self, fmt, device="cpu"):
+        self.fmt = parse_format(fmt) if isinstance(fmt, str) else fmt
+        self.device = torch.device(device)
+        on_tensor_cores = self.device.type == "cuda" and self.fmt.native is not None
+        self.dtype = self.fmt.native if on_tensor_cores else torch.float32
+        self.emulated = self.dtype == torch.float32 and self.fmt.name != "fp32"
+        self.where = ""        # the layer at work, for messages
+        self.spy = None
+        self._rounded = {}
+
+    # -- weights
+
+    def hold(self, parameters):
+        """Keep a rounded copy of these FP32 master weights (for fp32 the masters themselves serve) and round them now."""
+        for p in parameters:
+            self._rounded[p] = p.detach() if self.fmt.name == "fp32" else torch.empty_like(p, dtype=self.dtype)
+        self.refresh()
+        return self
+
+    @torch.no_grad()
+    def refresh(self):
+        """Round the masters again, in place: whoever reads the rounded weights (a CUDA graph, say) keeps its addresses."""
+        for p, r in self._rounded.items():
+            if self.fmt.name != "fp32":
+                self.round_(r.copy_(p))
+
+    def weight(self, p):
+        """The rounded copy of master weight `p`, in `dtype`."""
+        return self._rounded[p]
+
+    # -- rounding
+
+    def round_(self, x):
+        """Round x in place to the format. Nothing to do where the dtype is the format: the hardware has rounded."""
+        if not self.emulated:
+            return x
+        if self.fmt.native is not None:
+            return x.copy_(x.to(self.fmt.native))
+        return emulate_(x, self.fmt)
+
+    def _out(self, x, kind="forward", where=None):
+        """The end of every operator: from FP32 to the format."""
+        x = self.round_(x) if x.dtype == self.dtype else x.to(self.dtype)
+        if self.spy:
+            self.spy(where or self.where, kind, x)
+        return x
+
+    # -- operators (x is ... x C in `dtype`; parameters are FP32 masters)
+
+    def embed(self, tokens, w):
+        """tokens (B, T) int64, w (V, C) -> (B, T, C)."""
+        return _Embed.apply(tokens, w, self)
+
+    def linear(self, x, w, b=None):
+        """x (..., I), w (O, I), b (O) or None -> x wᵀ + b, (..., O)."""
+        return _Linear.apply(x, w, b, self)
+
+    def add(self, x, y):
+        """x + y. The residual stream is where gradients meet, so their sum is rounded here on the way back."""
+        return _Add.apply(x, y, self)
+
+    def rms_norm(self, x, w, eps):
+        """x / sqrt(mean(x²) + eps) * w over the last dimension (Zhang & Sennrich 2019); statistics in FP32."""
+        return _RMSNorm.apply(x, w, eps, self)
+
+    def swiglu(self, x):
+        """x (..., 2F), gate in the first half, value in the second -> silu(gate) * value, (..., F) (Shazeer 2020)."""
+        return _SwiGLU.apply(x, self)
+
+    def rope(self, x, cos, sin):
+        """Rotate x (B, T, H, D) by the FP32 tables cos, sin (T, D/2) or (B, T, D/2); returns (B, H, T, D), the layout
+        of attention. Feature i is paired with i + D/2, as in the Llama and Qwen checkpoints (Su et al. 2021)."""
+        return _Rope.apply(x, cos, sin, self)
+
+    def attention(self, q, k, v, mask=None):
+        """softmax(q kᵀ / sqrt(D)) v, with grouped key/value heads.
+
+        q (B, H, Tq, D), k and v (B, KV, Tk, D), H a multiple of KV. mask None: causal when Tq == Tk, everything visible
+        when Tq == 1; else a bool mask that broadcasts to (B, 1, Tq, Tk), True where a query may look. SDPA's own
+        is_causal lines up the top left corners, which is wrong for a chunk behind a cache: it is used for Tq == Tk only."""
+        assert mask is not None or q.shape[2] in (1, k.shape[2])
+        if self.dtype == torch.float32:
+            return _Attention.apply(q, k, v, mask, self)
+        causal = mask is None and q.shape[2] > 1
+        return self._out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
+                                                        enable_gqa=q.shape[1] != k.shape[1]))
+
+    def logits(self, h, w):
+        """h (N, C), w (V, C) -> h wᵀ (N, V) in FP32: logits are never rounded to the format."""
+        return self._mm32(h, self.weight(w).t())
+
+    def token_logprobs(self, h, w, targets, rows=None, temperature=1.0, chunk_bytes=64 << 20):
+        """log softmax(h wᵀ / temperature) at `targets`, and the entropy of each distribution (nats, no gradient).
+
+        h (M, C); rows (N) picks the positions of h that are scored (None: all); targets (N) int64. Returns two FP32 (N).
+        The logits exist for one chunk of rows at a time, forward and backward: memory is chunk_bytes, not N x V."""
+        return _TokenLogprobs.apply(h, w, targets, rows, temperature, max(1, chunk_bytes // (4 * w.shape[0])), self)
+
+    def _mm32(self, a, b):
+        """a b with an FP32 result, whatever the dtype of a and b."""
+        return torch.mm(a, b, out_dtype=torch.float32) if a.dtype != torch.float32 else torch.mm(a, b)
+
+
+def log_softmax(logits, temperature):
+    """FP32 log-probabilities of the tempered policy. Sampler and trainer both call this one: a temperature divides the
+    *logits*; dividing log-probs, or tempering one side only, is a mismatch that no number format can mend."""
+    return torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)
+
+
+# Each operator below spells out its backward pass, for two reasons: its rounding is then as visible as the forward one,
+# and the gradient of a rounded weight goes, in FP32 and unrounded, to the FP32 master (torch.amp.GradScaler refuses FP16
+# gradients, rightly: they would overflow while micro-batches are summed).
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, b, num):
+        wr = num.weight(w)
+        y = F.linear(x, wr, None if b is None else num.weight(b))
+        ctx.save_for_backward(x, wr)
+        ctx.num, ctx.where, ctx.bias = num, num.where, b is not None
+        return num._out(y)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, wr = ctx.saved_tensors
+        dy = dy.reshape(-1, dy.shape[-1])
+        dx = ctx.num._out(dy @ wr, "backward", ctx.where).view(x.shape) if ctx.needs_input_grad[0] else None
+        dw = ctx.num._mm32(dy.t(), x.reshape(-1, x.shape[-1]))
+        return dx, dw, dy.sum(0, dtype=torch.float32) if ctx.bias else None, None
+
+
+class _Embed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tokens, w, num):
+        ctx.save_for_backward(tokens)
+        ctx.rows = w.shape[0]
+        return F.embedding(tokens, num.weight(w))
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None, torch.ops.aten.embedding_dense_backward(dy.float(), ctx.saved_tensors[0], ctx.rows, -1, False), None
+
+
+class _Add(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, num):
+        ctx.num, ctx.where = num, num.where
+        return num._out(x + y)
+
+    @staticmethod
+    def backward(ctx, dy):
+        # autograd has summed two branches into dy and others may hold the same tensor, hence the copy
+        dy = ctx.num._out(dy.clone() if ctx.num.emulated else dy, "backward", ctx.where)
+        return dy, dy, None
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, eps, num):
+        wr = num.weight(w)
+        xf = x.float()
+        scale = torch.linalg.vector_norm(xf, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, wr, scale)
+        ctx.num, ctx.where = num, num.where
+        return num._out((xf * scale).mul_(wr))
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, wr, scale = ctx.saved_tensors
+        unit = x.float() * scale
+        dy = dy.float()
+        dw = (dy * unit).flatten(0, -2).sum(0)
+        dy = dy * wr
+        dx = (dy - unit.mul_((dy * unit).mean(-1, keepdim=True))).mul_(scale)
+        return ctx.num._out(dx, "backward", ctx.where), dw, None, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, num):
+        ctx.save_for_backward(x)
+        ctx.num, ctx.where = num, num.where
+        gate, value = x.float().chunk(2, -1)
+        return num._out(F.silu(gate).mul_(value))
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, = ctx.saved_tensors
+        gate, value = x.float().chunk(2, -1)
+        dy = dy.float()
+        dx = torch.empty_like(x, dtype=torch.float32)
+        s = torch.sigmoid(gate)
+        silu = s * gate
+        torch.mul(dy, silu, out=dx[..., gate.shape[-1]:])
+        # silu' = s + silu (1 - s)
+        torch.mul(dy.mul(value), s.addcmul(silu, 1 - s), out=dx[..., :gate.shape[-1]])
+        return ctx.num._out(dx, "backward", ctx.where), None
+
+
+def _rotate(x, cos, sin, out):
+    """out[..., i], out[..., i + D/2] = the pair of x rotated; all (B, H, T, D), FP32 or any float dtype of x."""
+    x1, x2 = x.float().chunk(2, -1)
+    o1, o2 = out.chunk(2, -1)
+    torch.mul(x1, cos, out=o1).addcmul_(x2, sin, value=-1)
+    torch.mul(x2, cos, out=o2).addcmul_(x1, sin)
+    return out
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin, num):
+        B, T, H, D = x.shape
+        cos, sin = (t.view(-1, 1, T, D // 2) for t in (cos, sin))          # (1 or B, 1, T, D/2)
+        ctx.save_for_backward(cos, sin)
+        ctx.num, ctx.where = num, num.where
+        return num._out(_rotate(x.transpose(1, 2), cos, sin, x.new_empty(B, H, T, D, dtype=torch.float32)))
+
+    @staticmethod
+    def backward(ctx, dy):                                                   # the inverse of a rotation by a is one by -a
+        cos, sin = ctx.saved_tensors
+        B, H, T, D = dy.shape
+        dx = dy.new_empty(B, T, H, D, dtype=torch.float32)
+        _rotate(dy, cos, -sin, dx.transpose(1, 2))
+        return ctx.num._out(dx, "backward", ctx.where), None, None, None
+
+
+class _Attention(torch.autograd.Function):
+    """Plain attention on FP32 tensors. At the short lengths that a CPU trains, twice as fast as the fused kernel there."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, num):
+        B, H, Tq, D = q.shape
+        KV, Tk = k.shape[1], k.shape[2]
+        q = q.reshape(B, KV, H // KV * Tq, D)                                # query heads that share a key head, stacked
+        p = torch.matmul(q, k.transpose(-1, -2)).mul_(D ** -0.5)
+        scores = p.view(B, H, Tq, Tk)
+        if mask is None and Tq > 1:
+            mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril_()
+        if mask is not None:
+            scores.masked_fill_(~mask, -math.inf)
+        p = torch.softmax(p, -1)
+        ctx.save_for_backward(q, k, v, p)
+        ctx.num, ctx.where, ctx.shape = num, num.where, (B, H, Tq, D)
+        return num._out(torch.matmul(p, v).view(B, H, Tq, D))
+
+    @staticmethod
+    def backward(ctx, dy):
+        q, k, v, p = ctx.saved_tensors
+        dy = dy.reshape(q.shape)
+        dv = torch.matmul(p.transpose(-1, -2), dy)
+        ds = torch.matmul(dy, v.transpose(-1, -2))
+        ds = torch._softmax_backward_data(ds, p, -1, torch.float32).mul_(ctx.shape[-1] ** -0.5)
+        dq, dk = torch.matmul(ds, k).view(ctx.shape), torch.matmul(ds.transpose(-1, -2), q)
+        return *(ctx.num._out(d, "backward", ctx.where) for d in (dq, dk, dv)), None, None
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, w, targets, rows, temperature, chunk, num):
+        ctx.save_for_backward(h, targets, rows)
+        ctx.w, ctx.temperature, ctx.chunk, ctx.num, ctx.where = w, temperature, chunk, num, num.where
+        logp = torch.empty(len(targets), device=h.device)
+        entropy = torch.empty_like(logp)
+        for s in range(0, len(targets), chunk):
+            s = slice(s, s + chunk)
+            lp = log_softmax(num.logits(h[s] if rows is None else h[rows[s]], w), temperature)
+            logp[s] = lp.gather(1, targets[s, None])[:, 0]
+            entropy[s] = -(lp.exp() * lp).sum(-1)
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, dlogp, _):
+        h, targets, rows = ctx.saved_tensors
+        num, wr = ctx.num, ctx.num.weight(ctx.w)
+        dh = torch.zeros_like(h)
+        dw = torch.zeros_like(wr, dtype=torch.float32)
+        for s in range(0, len(targets), ctx.chunk):
+            s = slice(s, s + ctx.chunk)
+            hs = h[s] if rows is None else h[rows[s]]
+            d = log_softmax(num.logits(hs, ctx.w), ctx.temperature).exp_()   # d logp / d logits = onehot - softmax
+            d.scatter_add_(1, targets[s, None], d.new_full((len(d), 1), -1.0))
+            d = num._out(d.mul_(dlogp[s, None] * (-1 / ctx.temperature)), "backward", ctx.where)
+            dw += num._mm32(d.t(), hs)
+            d = num._out(d @ wr, "backward", ctx.where)
+            if rows is None:
+                dh[s] = d
+            else:
+                dh[rows[s]] = d
+        return dh, dw, None, None, None, None, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Device, loss scale, mismatch
+
+
+def pick_device(name="auto"):
+    """`auto`, `cpu`, `cuda` or `cuda:N` -> torch.device, with the process set up so that nothing is rounded elsewhere."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device {name!r} is not supported: use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        n = torch.cuda.device_count()
+        if (device.index or 0) >= n:
+            raise InputError(f"device {name!r} is not there: torch {torch.__version__} sees {n} CUDA device{'s' * (n != 1)}")
+        # By default cuBLAS may add partial sums of a product in 16 bit. Then the accumulator is no longer FP32.
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_tf32 = False                        # FP32 means FP32
+    return device
+
+
+def make_scaler(num, init_scale=2.0 ** 16):
+    """The loss scaler: on for formats with few exponent bits, a no-op otherwise, so that the loop is the same for all.
+
+    Growth interval 400 as in the paper. Per update: scale(loss).backward() for every micro-batch, unscale_ once, clip,
+    step (skipped if a gradient is inf or nan), update (halves after a skip)."""
+    return torch.amp.GradScaler(num.device.type, init_scale=init_scale, growth_interval=400, enabled=num.fmt.needs_loss_scaling)
+
+
+def banner(rollout, train, scaler):
+    """One line: what is computed in which format, and why."""
+    where = torch.cuda.get_device_name(train.device) if train.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    how = "FP32 GEMM, result rounded (a CPU's half GEMM is slow)" if train.emulated else \
+        "FP32" if train.dtype == torch.float32 else "FP32 on tensor cores, 16-bit reductions off"
+    same = "same roundings on both sides" if rollout.fmt == train.fmt else "DIFFERENT roundings on the two sides"
+    scale = f"loss scale {scaler.get_scale():.0f} ({train.fmt.exp} exponent bits)" if scaler.is_enabled() else \
+        f"no loss scale ({train.fmt.exp} exponent bits reach as far as FP32)"
+    return f"{where} | rollout {rollout.fmt.name}, train {train.fmt.name}: {same} | accumulate {how} | {scale}"
+
+
+def mismatch(logp_rollout, logp_train, lengths):
+    """How far the policy that acted (mu) is from the policy that learns (pi), on the tokens of one batch, before any update.
+
+    logp_rollout, logp_train: FP32 (N,), the answers' tokens one answer after another; lengths: (R,) tokens per answer,
+    N in all. With d = log mu(y_t) - log pi(y_t):
+      logp_gap_mean, _p99, _max   of |d|, nats                      prob_gap_mean   mean |mu - pi|  (verl's rollout_probs_diff)
+      kl_k1   mean d, unbiased KL[mu||pi] per token                 kl_k3   mean (e^-d - 1 + d), never negative
+      seq_kl  mean over answers of sum_t d, the paper's figure      ratio_outliers  share of pi/mu outside [0.9, 1.1]
+      exact_share   share of tokens with d == 0, bit for bit
+    Source: arXiv 2510.26788 section 3; Schulman, "Approximating KL divergence" (2020)."""
+    d = (logp_rollout - logp_train).double()
+    gap = d.abs()
+    ratio = torch.exp(-d)
+    answer = torch.repeat_interleave(torch.arange(len(lengths), device=d.device), lengths.to(d.device))
+    seq = torch.zeros(len(lengths), dtype=d.dtype, device=d.device).index_add_(0, answer, d)
+    return {k: float(v) for k, v in dict(
+        logp_gap_mean=gap.mean(), logp_gap_p99=gap.sort().values[min(len(d) - 1, int(0.99 * len(d)))], logp_gap_max=gap.max(),
+        prob_gap_mean=(logp_rollout.double().exp() - logp_train.double().exp()).abs().mean(),
+        kl_k1=d.mean(), kl_k3=(ratio - 1 + d).mean(), seq_kl=seq.mean(),
+        ratio_outliers=((ratio < 0.9) | (ratio > 1.1)).double().mean(), exact_share=(d == 0).double().mean()).items()}
+
+
+if __name__ == "__main__":
+    from data.anatomy import main
+    main()

@@ -1,0 +1,309 @@
+"""sample.py: the tokenizer, the KV-cached sampler, and a command line to talk to a model.
+
+    python sample.py --model out/run1 --prompt "187+737="                 # answers of a trained model
+    python sample.py --model out/run1 --prompt "187+737=" --n 4 --json    # for scripts: one JSON object an answer
+    python sample.py --model out/run1 --eval                              # unbiased pass@k on fresh problems of its task
+    python sample.py --bench                                              # speed over batch sizes, one JSON line last
+
+The sampler prefills each prompt once, copies its cache to the n answers, and decodes all rows in one batch. It records the
+log-prob of every token as it was sampled, from the very distribution it was sampled from: training compares with these
+numbers and never with recomputed ones. Left out: top-k and top-p. Training would have to mirror them exactly.
+"""
+import argparse
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import tiktoken
+import torch
+
+from data import TASKS, draw_problems, make_task, stream
+from model import GPT, GPTConfig, KVCache, load_checkpoint, load_model
+from precision import InputError, Numerics, log_softmax, nearest, pick_device
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer: every byte is a token. Built here, nothing is downloaded. Stop and pad are two tokens: where one id serves as
+# both, a mask made by comparing ids takes the stop token for padding and the model never learns to stop.
+
+STOP, PAD = 256, 257
+TOKENIZER = tiktoken.Encoding("tenbit-bytes", pat_str=r"(?s:.)", mergeable_ranks={bytes([i]): i for i in range(256)},
+                              special_tokens={"<|stop|>": STOP, "<|pad|>": PAD})
+
+
+def encode(text):
+    """Text -> list of token ids. Text that spells a special token is text like any other."""
+    return TOKENIZER.encode(text, disallowed_special=())
+
+
+def decode(tokens):
+    """Token ids -> text, without the stop token at the end; bytes that are no UTF-8 become U+FFFD."""
+    tokens = list(tokens)
+    return TOKENIZER.decode(tokens[:-1] if tokens and tokens[-1] == STOP else tokens)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampler
+
+
+@dataclass
+class Rollout:
+    """R answers. Rows are right-padded sequences, prompt first: position = slot, in the cache and in training alike."""
+    tokens: torch.Tensor       # (R, T) int64
+    logp: torch.Tensor         # (R, T) FP32, log-prob of each answer token as it was sampled, 0 elsewhere
+    prompt_length: torch.Tensor  # (R,) int64
+    length: torch.Tensor       # (R,) int64, prompt and answer, stop token included
+    stopped: torch.Tensor      # (R,) bool, False where the answer ran into max_new_tokens
+
+    @property
+    def is_answer(self):
+        """(R, T) bool: the tokens that were sampled, stop token included. Prompt and padding are False."""
+        at = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return (at >= self.prompt_length[:, None]) & (at < self.length[:, None])
+
+    def texts(self):
+        tokens, start, end = self.tokens.tolist(), self.prompt_length.tolist(), self.length.tolist()
+        return [decode(t[s:e]) for t, s, e in zip(tokens, start, end)]
+
+
+def draw(logp, u):
+    """Sample one token a row by inverting the cumulative distribution at u: logp (R, V) FP32, u (R,) in [0, 1) -> (R,).
+
+    u * total < total in FP32 for every u below 1, so the token found always has a probability above 0. One uniform number
+    a token, drawn beforehand: a row's answer depends on its own numbers only, not on which rows share the batch."""
+    cdf = logp.exp().cumsum(-1)
+    return (cdf <= u[:, None] * cdf[:, -1:]).sum(-1)
+
+
+class Sampler:
+    """Samples from `model` in the number format that the model uses at the time (model.use)."""
+
+    def __init__(self, model, stop=STOP, pad=PAD):
+        self.model, self.stop, self.pad = model, stop, pad
+
+    def generate(self, prompts, n=1, max_new_tokens=32, temperature=1.0, seed=0):
+        """n answers to each prompt -> Rollout of len(prompts) * n rows, a prompt's answers next to each other.
+
+        prompts: lists of token ids, of any lengths; temperature 0 takes the likeliest token and records its log-prob under
+        temperature 1; seed: an int or a tuple of ints. The same seed gives the same answers on the same machine."""
+        cfg, device = self.model.cfg, self.model.embedding.device
+        lengths = [len(p) for p in prompts]
+        if min(lengths, default=0) == 0:
+            raise InputError("an empty prompt: the model needs at least one token to start from")
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {max_new_tokens}, it must be at least 1")
+        if max(lengths) + max_new_tokens > cfg.context:
+            raise InputError(f"a prompt of {max(lengths)} tokens and {max_new_tokens} new ones do not fit the model's context "
+                             f"of {cfg.context} tokens")
+        rows, width = len(prompts) * n, max(lengths) + max_new_tokens
+        padded = np.full((len(prompts), max(lengths)), self.pad)
+        for row, p in zip(padded, prompts):
+            row[:len(p)] = p
+        padded = torch.from_numpy(padded).to(device)
+        start = torch.tensor(lengths, device=device).repeat_interleave(n)
+        noise = torch.from_numpy(stream(*(seed if isinstance(seed, tuple) else (seed,))).random((max_new_tokens, rows), np.float32))
+        out = Rollout(torch.full((rows, width), self.pad, device=device), torch.zeros(rows, width, device=device), start,
+                      start.clone(), torch.zeros(rows, dtype=torch.bool, device=device))
+        out.tokens[:, :max(lengths)] = padded.repeat_interleave(n, 0)
+        self._decode(out, padded, n, noise.to(device), temperature)
+        return out
+
+    @torch.inference_mode()
+    def _decode(self, out, padded, n, noise, temperature):
+        model, device = self.model, padded.device
+        ragged = bool((out.prompt_length != out.prompt_length[0]).any())
+        cache = KVCache(model.cfg, *padded.shape, model.num)
+        hidden = model(padded, cache)                                                        # each prompt once
+        row = torch.arange(len(out.tokens), device=device)                                   # which answers are in the batch
+        hidden = hidden[row // n, out.prompt_length - 1]                                      # (R, C)
+        cache = cache.rows(row // n, out.prompt_length.clone() if ragged else None, room=len(noise) - 1)
+        at, done = out.prompt_length, torch.zeros(len(row), dtype=torch.bool, device=device)
+        for t, u in enumerate(noise):
+            logp = log_softmax(model.logits(hidden), temperature or 1.0)                     # (rows, V)
+            token = draw(logp, u[row]) if temperature else logp.argmax(-1)
+            logp = logp.gather(1, token[:, None])[:, 0]
+            out.tokens[row, at + t] = torch.where(done, self.pad, token)
+            out.logp[row, at + t] = torch.where(done, 0.0, logp)
+            out.length[row] += ~done
+            done = done | (token == self.stop)
+            out.stopped[row] = done
+            if t + 1 == len(noise):
+                break
+            if device.type == "cpu" or t % 16 == 15:                                         # on a GPU, looking means waiting
+                alive = (~done).nonzero()[:, 0]
+                if len(alive) == 0:
+                    break
+                if len(alive) <= len(row) // 2:                                              # drop the finished rows
+                    row, at, token, done = row[alive], at[alive], token[alive], done[alive]
+                    cache = cache.rows(alive)
+            hidden = model(token[:, None], cache)[:, 0]
+
+
+def pass_at_k(n, c, k):
+    """Probability that at least one of k answers is right, estimated without bias from c right ones among n >= k tries:
+    1 - C(n - c, k) / C(n, k) (Chen et al. 2021, section 2.1). Example: pass_at_k(4, 1, 2) == 0.5."""
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def solve(sampler, task, problems, n, seed, max_new_tokens=None, temperature=1.0, rows=512, progress=None):
+    """n answers to each problem, `rows` of them at a time -> list of how many of the n were right, a problem each.
+    An answer that was cut off counts as wrong."""
+    right, per = [], max(1, rows // n)
+    for i in range(0, len(problems), per):
+        part = problems[i:i + per]
+        out = sampler.generate([encode(p.prompt) for p in part], n, max_new_tokens or task.answer_length, temperature, (*seed, i))
+        good = [s and task.reward(part[j // n], text) == 1.0 for j, (s, text) in enumerate(zip(out.stopped.tolist(), out.texts()))]
+        right += [sum(good[j:j + n]) for j in range(0, len(good), n)]
+        if progress:
+            progress(min(1.0, (i + per) / len(problems)))
+    return right
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, with the nearest flag for an unknown one."""
+
+    def parse_args(self, args=None, namespace=None):
+        ns, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [s for a in self._actions for s in a.option_strings if s.startswith("--")]
+            self.error(f"unknown argument {unknown[0]}{nearest(unknown[0].split('=')[0], known)}")
+        return ns
+
+    def error(self, message):
+        print(f"{self.prog}: {message} (--help lists the flags)", file=sys.stderr)
+        sys.exit(2)
+
+
+def number(kind, low, high, text):
+    """A number of this kind between low and high from a flag's text; for argparse's `type`."""
+    try:
+        x = kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
+    if not low <= x <= high:
+        raise argparse.ArgumentTypeError(f"{text} is out of range, {low} to {high}")
+    return x
+
+
+def ranged(kind, low, high):
+    return lambda text: number(kind, low, high, text)
+
+
+def peak_memory(device):
+    """Peak memory of this process on the device, MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    try:
+        import resource
+    except ImportError:                                                                      # not on Windows
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+
+
+def bench(model, device, prompt_length, new_tokens):
+    """Prefill and decode speed over batch sizes. No row stops early, so that every size does the same work a row."""
+    sampler, rows_of = Sampler(model, stop=-1), []
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    print(f"{'rows':>5} {'prefill ms':>11} {'ms/step':>8} {'tokens/s':>9} {'peak MiB':>9}   median of 5")
+    for rows in (1, 4, 16, 64, 256, 1024):
+        prompts = np.random.default_rng(0).integers(0, 256, (rows, prompt_length)).tolist()
+
+        def timed(new):
+            times = []
+            for _ in range(6):
+                sync()
+                begin = time.perf_counter()
+                sampler.generate(prompts, max_new_tokens=new)
+                sync()
+                times.append(time.perf_counter() - begin)
+            return float(np.median(times[1:]))                                               # the first one warms up
+        first, full = timed(1), timed(new_tokens)
+        ms = 1e3 * (full - first) / (new_tokens - 1)
+        row = dict(rows=rows, prefill_ms=round(1e3 * first, 2), ms_per_step=round(ms, 3), tokens_per_s=round(rows * new_tokens / full),
+                   peak_mib=round(peak_memory(device)))
+        rows_of.append(row)
+        print(f"{rows:5} {row['prefill_ms']:11.2f} {ms:8.3f} {row['tokens_per_s']:9} {row['peak_mib']:9}", flush=True)
+    print(json.dumps(dict(bench="sample", device=str(device), format=model.num.fmt.name, params=model.n_params(), torch=torch.__version__,
+                          threads=torch.get_num_threads(), prompt_length=prompt_length, new_tokens=new_tokens, sizes=rows_of)))
+
+
+def main(argv=None):
+    p = Parser(prog="sample.py", description="Sample from a model, evaluate it, or time the sampler.", allow_abbrev=False)
+    p.add_argument("--model", help="a run's folder or a checkpoint file")
+    p.add_argument("--prompt", action="append", default=[], help="what to answer; may be given several times")
+    p.add_argument("--n", type=ranged(int, 1, 65536), default=1, help="answers per prompt (with --eval: tries per problem, default 16)")
+    p.add_argument("--temperature", type=ranged(float, 0, 100), default=1.0, help="divides the logits; 0 takes the likeliest token")
+    p.add_argument("--max-new-tokens", type=ranged(int, 1, 10 ** 6), help="longest answer, stop token included (default: what the task or the context allows)")
+    p.add_argument("--precision", default="fp16", help="fp32, tf32, bf16, fp16 or eXmY")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    p.add_argument("--seed", type=ranged(int, 0, 2 ** 63 - 1), default=0, help="the same seed gives the same answers")
+    p.add_argument("--json", action="store_true", help="one JSON object an answer: prompt, text, tokens, logp")
+    p.add_argument("--eval", action="store_true", help="unbiased pass@k on fresh problems of the model's task")
+    p.add_argument("--problems", type=ranged(int, 1, 10 ** 6), default=256, help="how many problems --eval draws")
+    p.add_argument("--bench", action="store_true", help="time the sampler over batch sizes (random weights without --model)")
+    a = p.parse_args(argv)
+    device = pick_device(a.device)
+    num = Numerics(a.precision, device)
+    if not (a.prompt or a.eval or a.bench):
+        raise InputError("nothing to do: give --prompt TEXT, --eval or --bench")
+    if a.model:
+        state = load_checkpoint(a.model, device)
+        model = load_model(state, device)
+    elif a.bench:
+        state, model = {}, GPT(GPTConfig(vocab_size=TOKENIZER.n_vocab), device)
+    else:
+        raise InputError("which model? --model out/RUN, the folder of a run of train_rl.py")
+    model.use(num.hold(model.parameters()))
+    run = state.get("config", {})
+    task = make_task(run["task"], run["digits"], run["noise"]) if run.get("task") in TASKS else None
+
+    for prompt in a.prompt:
+        tokens = encode(prompt)
+        room = model.cfg.context - len(tokens)
+        if room < 1:
+            raise InputError(f"the prompt has {len(tokens)} tokens, the model's context is {model.cfg.context}: no room for an answer")
+        out = Sampler(model).generate([tokens], a.n, a.max_new_tokens or room, a.temperature, a.seed)
+        for r, text in enumerate(out.texts()):
+            span = slice(len(tokens), int(out.length[r]))
+            if a.json:
+                print(json.dumps(dict(prompt=prompt, text=text, tokens=out.tokens[r, span].tolist(), logp=out.logp[r, span].tolist())))
+            else:
+                print(f"{prompt}{text}{'' if out.stopped[r] else ' [cut off]'}")
+    if a.eval:
+        if task is None:
+            raise InputError("--eval needs a model that was trained on a task of data/")
+        n = a.n if a.n > 1 else 16
+        problems = draw_problems(task, a.problems, stream(a.seed, 9))
+        right = solve(Sampler(model), task, problems, n, (a.seed, 10), a.max_new_tokens, a.temperature)
+        ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k <= n]
+        scores = {k: float(np.mean([pass_at_k(n, c, k) for c in right])) for k in ks}
+        if a.json:
+            print(json.dumps({"task": run["task"], "problems": len(problems), "n": n, **{f"pass@{k}": v for k, v in scores.items()}}))
+        else:
+            print(f"{run['task']} with {run['digits']} digits, {len(problems)} problems x {n} tries, temperature {a.temperature:g}: "
+                  + "  ".join(f"pass@{k} {v:.3f}" for k, v in scores.items()))
+    if a.bench:
+        context = model.cfg.context
+        bench(model, device, context // 4, context - context // 4)
+
+
+def run_main(main):
+    """Run a command: what the user got wrong is one line and exit status 1, without a stack trace."""
+    try:
+        sys.exit(main())
+    except InputError as e:
+        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {e}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:                                                                  # `sample.py ... | head`
+        sys.stderr.close()
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_main(main)
