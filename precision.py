@@ -179,30 +179,34 @@ class Numerics:
 
     # -- operators (x is ... x C in `dtype`; parameters are FP32 masters)
 
+    def _apply(self, op, *args):
+        """Run an operator below; with no gradient wanted (every rollout) autograd's bookkeeping is left out."""
+        return op.apply(*args, self) if torch.is_grad_enabled() else op.forward(NO_GRADIENT, *args, self)
+
     def embed(self, tokens, w):
         """tokens (B, T) int64, w (V, C) -> (B, T, C)."""
-        return _Embed.apply(tokens, w, self)
+        return self._apply(_Embed, tokens, w)
 
     def linear(self, x, w, b=None):
         """x (..., I), w (O, I), b (O) or None -> x wᵀ + b, (..., O)."""
-        return _Linear.apply(x, w, b, self)
+        return self._apply(_Linear, x, w, b)
 
     def add(self, x, y):
         """x + y. The residual stream is where gradients meet, so their sum is rounded here on the way back."""
-        return _Add.apply(x, y, self)
+        return self._apply(_Add, x, y)
 
     def rms_norm(self, x, w, eps):
         """x / sqrt(mean(x²) + eps) * w over the last dimension (Zhang & Sennrich 2019); statistics in FP32."""
-        return _RMSNorm.apply(x, w, eps, self)
+        return self._apply(_RMSNorm, x, w, eps)
 
     def swiglu(self, x):
         """x (..., 2F), gate in the first half, value in the second -> silu(gate) * value, (..., F) (Shazeer 2020)."""
-        return _SwiGLU.apply(x, self)
+        return self._apply(_SwiGLU, x)
 
     def rope(self, x, cos, sin):
         """Rotate x (B, T, H, D) by the FP32 tables cos, sin (T, D/2) or (B, T, D/2); returns (B, H, T, D), the layout
         of attention. Feature i is paired with i + D/2, as in the Llama and Qwen checkpoints (Su et al. 2021)."""
-        return _Rope.apply(x, cos, sin, self)
+        return self._apply(_Rope, x, cos, sin)
 
     def attention(self, q, k, v, mask=None):
         """softmax(q kᵀ / sqrt(D)) v, with grouped key/value heads.
@@ -212,7 +216,7 @@ class Numerics:
         is_causal lines up the top left corners, which is wrong for a chunk behind a cache: it is used for Tq == Tk only."""
         assert mask is not None or q.shape[2] in (1, k.shape[2])
         if self.dtype == torch.float32:
-            return _Attention.apply(q, k, v, mask, self)
+            return self._apply(_Attention, q, k, v, mask)
         causal = mask is None and q.shape[2] > 1
         return self._out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
                                                         enable_gqa=q.shape[1] != k.shape[1]))
@@ -226,7 +230,7 @@ class Numerics:
 
         h (M, C); rows (N) picks the positions of h that are scored (None: all); targets (N) int64. Returns two FP32 (N).
         The logits exist for one chunk of rows at a time, forward and backward: memory is chunk_bytes, not N x V."""
-        return _TokenLogprobs.apply(h, w, targets, rows, temperature, max(1, chunk_bytes // (4 * w.shape[0])), self)
+        return self._apply(_TokenLogprobs, h, w, targets, rows, temperature, max(1, chunk_bytes // (4 * w.shape[0])))
 
     def _mm32(self, a, b):
         """a b with an FP32 result, whatever the dtype of a and b."""
@@ -242,6 +246,16 @@ def log_softmax(logits, temperature):
 # Each operator below spells out its backward pass, for two reasons: its rounding is then as visible as the forward one,
 # and the gradient of a rounded weight goes, in FP32 and unrounded, to the FP32 master (torch.amp.GradScaler refuses FP16
 # gradients, rightly: they would overflow while micro-batches are summed).
+
+
+class _NoGradient:
+    """Stands in for an operator's autograd context when nothing will be differentiated: forgets what it is given."""
+    def save_for_backward(self, *_): pass
+    def mark_non_differentiable(self, *_): pass
+    def __setattr__(self, *_): pass
+
+
+NO_GRADIENT = _NoGradient()
 
 
 class _Linear(torch.autograd.Function):
@@ -300,33 +314,32 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, wr, scale = ctx.saved_tensors
-        unit = x.float() * scale
-        dy = dy.float()
-        dw = (dy * unit).flatten(0, -2).sum(0)
-        dy = dy * wr
-        dx = (dy - unit.mul_((dy * unit).mean(-1, keepdim=True))).mul_(scale)
+        dy, unit, wr = dy.float(), x.float() * scale, wr.float()
+        p = dy * unit
+        dw = p.flatten(0, -2).sum(0)
+        mean = torch.mv(p.view(-1, len(wr)), wr).div_(len(wr)).view(scale.shape)               # of dy * w * unit, row by row
+        dx = (dy * wr).addcmul_(unit, mean, value=-1).mul_(scale)
         return ctx.num._out(dx, "backward", ctx.where), dw, None, None
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, num):
-        ctx.save_for_backward(x)
-        ctx.num, ctx.where = num, num.where
         gate, value = x.float().chunk(2, -1)
-        return num._out(F.silu(gate).mul_(value))
+        silu = F.silu(gate)
+        ctx.save_for_backward(x, silu)
+        ctx.num, ctx.where = num, num.where
+        return num._out(silu * value)
 
     @staticmethod
     def backward(ctx, dy):
-        x, = ctx.saved_tensors
+        x, silu = ctx.saved_tensors
         gate, value = x.float().chunk(2, -1)
         dy = dy.float()
         dx = torch.empty_like(x, dtype=torch.float32)
-        s = torch.sigmoid(gate)
-        silu = s * gate
-        torch.mul(dy, silu, out=dx[..., gate.shape[-1]:])
-        # silu' = s + silu (1 - s)
-        torch.mul(dy.mul(value), s.addcmul(silu, 1 - s), out=dx[..., :gate.shape[-1]])
+        dgate, dvalue = dx.chunk(2, -1)
+        torch.mul(dy, silu, out=dvalue)
+        torch.ops.aten.silu_backward.grad_input(dy * value, gate, grad_input=dgate)
         return ctx.num._out(dx, "backward", ctx.where), None
 
 
@@ -364,27 +377,31 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, mask, num):
         B, H, Tq, D = q.shape
         KV, Tk = k.shape[1], k.shape[2]
-        q = q.reshape(B, KV, H // KV * Tq, D)                                # query heads that share a key head, stacked
-        p = torch.matmul(q, k.transpose(-1, -2)).mul_(D ** -0.5)
-        scores = p.view(B, H, Tq, Tk)
+        # query heads that share a key head are stacked, then every (row, key head) pair is one product of the batch
+        q, k, v = q.reshape(B * KV, H // KV * Tq, D), k.reshape(B * KV, Tk, D), v.reshape(B * KV, Tk, D)
         if mask is None and Tq > 1:
             mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril_()
-        if mask is not None:
-            scores.masked_fill_(~mask, -math.inf)
-        p = torch.softmax(p, -1)
+        if mask is None:
+            scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=D ** -0.5)
+        else:                                                                # 0 or -inf, added by the product itself
+            bias = torch.zeros(mask.shape, device=q.device).masked_fill_(~mask, -math.inf)
+            rows = B if mask.dim() == 4 and mask.shape[0] > 1 else 1
+            bias = bias.view(rows, 1, 1, Tq, Tk).expand(rows, KV if rows > 1 else 1, H // KV, Tq, Tk).reshape(-1, q.shape[1], Tk)
+            scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=D ** -0.5)
+        p = torch.softmax(scores, -1)
         ctx.save_for_backward(q, k, v, p)
-        ctx.num, ctx.where, ctx.shape = num, num.where, (B, H, Tq, D)
-        return num._out(torch.matmul(p, v).view(B, H, Tq, D))
+        ctx.num, ctx.where, ctx.shapes = num, num.where, ((B, H, Tq, D), (B, KV, Tk, D))
+        return num._out(torch.bmm(p, v).view(B, H, Tq, D))
 
     @staticmethod
     def backward(ctx, dy):
         q, k, v, p = ctx.saved_tensors
+        of_q, of_k = ctx.shapes
         dy = dy.reshape(q.shape)
-        dv = torch.matmul(p.transpose(-1, -2), dy)
-        ds = torch.matmul(dy, v.transpose(-1, -2))
-        ds = torch._softmax_backward_data(ds, p, -1, torch.float32).mul_(ctx.shape[-1] ** -0.5)
-        dq, dk = torch.matmul(ds, k).view(ctx.shape), torch.matmul(ds.transpose(-1, -2), q)
-        return *(ctx.num._out(d, "backward", ctx.where) for d in (dq, dk, dv)), None, None
+        dv = torch.bmm(p.transpose(1, 2), dy)
+        ds = torch._softmax_backward_data(torch.bmm(dy, v.transpose(1, 2)), p, -1, torch.float32).mul_(of_q[-1] ** -0.5)
+        dq, dk = torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), q)
+        return *(ctx.num._out(d.view(shape), "backward", ctx.where) for d, shape in ((dq, of_q), (dk, of_k), (dv, of_k))), None, None
 
 
 class _TokenLogprobs(torch.autograd.Function):

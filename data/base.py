@@ -13,7 +13,7 @@ import torch
 from data import make_task, stream
 from model import GPT, GPTConfig, load_checkpoint, load_model, save_checkpoint
 from precision import InputError, Numerics, make_scaler
-from sample import PAD, STOP, TOKENIZER, Sampler, encode, solve
+from sample import PAD, STOP, TOKENIZER, encode
 
 CACHE = pathlib.Path(__file__).resolve().parent.parent / ".cache"
 RECIPE = 1          # raise it when the way a base is made changes, so that old ones are not taken for new

@@ -1,0 +1,686 @@
+"""train_rl.py: GRPO in FP16, from a fresh clone to a passed sanity test.
+
+    python train_rl.py                                    # the main job, on whatever device is here
+    python train_rl.py --precision bf16                   # the same job with 7 mantissa bits
+    python train_rl.py --rollout-precision fp16 --train-precision fp32       # two roundings: watch the gap
+    python train_rl.py --resume out/run1                  # go on, bit for bit, where a run stopped
+    python train_rl.py --bench                            # how fast, against what this machine can do
+
+The job is the paper's sanity test (arXiv 2510.26788, section 4.2) in miniature. A base model imitates a noisy demonstrator;
+of a pool of problems those are kept that it solves in 20 % to 80 % of its tries; RL trains on that fixed set. Each of its
+problems is known to be solvable and none is trivial, so a sound algorithm must come near 100 % on it: PASS is 95 %.
+
+One step, top to bottom in `train` below:
+    problems -> prompts -> answers, each token's log-prob recorded as it was sampled -> rewards -> group advantages
+    -> the same forward pass over whole sequences -> token log-probs -> mismatch metrics, before any update
+    -> policy loss -> scaled backward -> unscale, clip, step -> weights rounded again, in place -> one metrics line
+
+Names: P prompts, G answers per prompt, R = P * G answers, N answer tokens of a batch. mu is the policy that acted
+(`logp_rollout`), pi the policy that learns (`logp_train`). Left out: a critic, a reference model, a Trainer class.
+"""
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import platform
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from data import TASKS, Problem, draw_problems, load_problems, make_task, stream
+from data.base import clock, get_base, gpt_config
+from model import GPT, load_checkpoint, load_model, save_checkpoint
+from precision import InputError, Numerics, banner, make_scaler, mismatch, parse_format, pick_device
+from sample import Parser, Sampler, encode, number, peak_memory, run_main, solve
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings: a field a line, and each is a flag
+
+
+def opt(default, text, low=None, high=None, choices=None):
+    return field(default=default, metadata=dict(help=text, low=low, high=high, choices=choices))
+
+
+@dataclass
+class Config:
+    preset: str = opt("auto", "two sets of defaults; auto takes the device's", choices=("auto", "cpu", "gpu"))
+    device: str = opt("auto", "auto, cpu, cuda or cuda:N")
+    seed: int = opt(0, "everything random follows from it", 0, 2 ** 31)
+    out: str = opt("", "folder of this run (default: the next free out/runN)")
+    resume: str = opt("", "folder of a run to go on with; its settings hold, other flags given here override them")
+    # the task
+    task: str = opt("addition", "what to learn", choices=TASKS)
+    digits: int = opt(3, "length of the numbers, and with it of the chain of thought", 1, 200)
+    noise: float = opt(0.15, "how often the base model's demonstrator gets a column wrong", 0.0, 0.9)
+    data: str = opt("", "JSON Lines file of problems to train on in place of drawn ones")
+    # the base model
+    n_layers: int = opt(4, "transformer blocks", 1, 200)
+    width: int = opt(128, "width of the residual stream", 8, 16384)
+    n_heads: int = opt(4, "query heads", 1, 256)
+    n_kv_heads: int = opt(2, "key/value heads, a divisor of n_heads", 1, 256)
+    mlp_width: int = opt(384, "hidden width of SwiGLU", 8, 65536)
+    base_steps: int = opt(400, "imitation steps", 1, 10 ** 6)
+    base_batch: int = opt(32, "demonstrations a step", 1, 10 ** 5)
+    base_lr: float = opt(2e-3, "peak learning rate of imitation", 0.0, 1.0)
+    base_precision: str = opt("fp32", "format of imitation; the same base serves every --precision")
+    base_seed: int = opt(-1, "seed of the base model (-1: that of the run)", -1, 2 ** 31)
+    # the perfectible set
+    pool: int = opt(256, "problems to choose from", 1, 10 ** 6)
+    tries: int = opt(16, "answers per problem while choosing (the paper: 40)", 1, 4096)
+    keep_from: float = opt(0.2, "keep problems solved at least this often", 0.0, 1.0)
+    keep_to: float = opt(0.8, "... and at most this often", 0.0, 1.0)
+    # RL
+    steps: int = opt(100, "RL steps", 1, 10 ** 7)
+    prompts: int = opt(32, "P, problems a step", 1, 10 ** 5)
+    group: int = opt(8, "G, answers per problem; their mean reward is the baseline", 2, 4096)
+    algo: str = opt("dr-grpo", "dr-grpo: A = r - group mean; grpo: also / std, mean over each answer; reinforce: no ratio, no clip",
+                    choices=("dr-grpo", "grpo", "reinforce"))
+    lr: float = opt(5e-4, "peak learning rate", 0.0, 1.0)
+    lr_warmup: int = opt(5, "updates of linear rise; Adam's first updates move every weight by the learning rate", 0, 10 ** 6)
+    lr_schedule: str = opt("linear", "linear falls to 0 at the last step, constant stays", choices=("linear", "constant"))
+    clip_low: float = opt(0.2, "the ratio pi/mu counts down to 1 - this", 0.0, 1.0)
+    clip_high: float = opt(0.2, "... and up to 1 + this", 0.0, 100.0)
+    temperature: float = opt(1.0, "divides the logits, in sampling and in training", 0.01, 100.0)
+    grad_clip: float = opt(1.0, "largest norm of the whole gradient", 0.0, 1e9)
+    adam_beta1: float = opt(0.9, "AdamW's first moment", 0.0, 1.0)
+    adam_beta2: float = opt(0.95, "AdamW's second moment", 0.0, 1.0)
+    adam_eps: float = opt(1e-15, "small, since RL gradients are small: 1e-8 would damp them", 0.0, 1.0)
+    # precision
+    precision: str = opt("fp16", "number format of rollout and training: fp32, tf32, bf16, fp16 or eXmY")
+    rollout_precision: str = opt("", "... of the rollout alone")
+    train_precision: str = opt("", "... of the training alone")
+    init_scale: float = opt(2.0 ** 16, "first loss scale, for formats that need one", 1.0, 2.0 ** 40)
+    # size of the pieces
+    micro_batch: int = opt(32, "answers per forward and backward pass", 1, 10 ** 5)
+    rollout_rows: int = opt(512, "answers decoded at once while choosing and evaluating", 1, 10 ** 6)
+    # measuring and keeping
+    heldout: int = opt(256, "problems, not in the pool, for pass@1 before and after (0: none)", 0, 10 ** 6)
+    eval_tries: int = opt(4, "sampled answers per problem in every evaluation", 1, 4096)
+    save_every: int = opt(25, "steps between checkpoints", 1, 10 ** 6)
+    sample_every: int = opt(10, "steps between entries of samples.jsonl", 1, 10 ** 6)
+    plot: bool = opt(True, "draw curves.png at the end, if matplotlib is installed")
+    bench: bool = opt(False, "time rollout and training on this job's shapes, and train nothing")
+
+
+GPU = dict(digits=20, noise=0.025, n_layers=8, width=512, n_heads=8, n_kv_heads=4, mlp_width=1408, base_steps=2000, base_batch=256,
+           base_lr=1e-3, base_precision="fp16", pool=1024, tries=40, prompts=64, lr=1e-4, micro_batch=512, rollout_rows=4096)
+
+# A verdict is given for the test as it stands. These settings may differ: they say how and where it runs, not what it asks.
+FREE = {"preset", "device", "seed", "base_seed", "out", "resume", "precision", "rollout_precision", "train_precision", "init_scale",
+        "algo", "micro_batch", "rollout_rows", "save_every", "sample_every", "plot", "bench"}
+
+
+def parse_config(argv=None):
+    """Command line -> (Config, the flags that were given). A resumed run's Config is the saved one with the flags over it."""
+    parser = Parser(prog="train_rl.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    for f in dataclasses.fields(Config):
+        m, flag = f.metadata, "--" + f.name.replace("_", "-")
+        text = f"{m['help']} (default {f.default!r}{f', on a GPU {GPU[f.name]!r}' if f.name in GPU else ''})"
+        if isinstance(f.default, bool):
+            import argparse
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=m["help"])
+        elif isinstance(f.default, str):
+            parser.add_argument(flag, choices=m["choices"], help=text)
+        else:
+            parser.add_argument(flag, type=lambda s, f=f: number(type(f.default), f.metadata["low"], f.metadata["high"], s),
+                                metavar=type(f.default).__name__, help=text)
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    device = pick_device(given.get("device", "auto"))
+    preset = given.get("preset", "auto")
+    use_gpu = preset == "gpu" or (preset == "auto" and device.type == "cuda")
+    cfg = Config(**{**(GPU if use_gpu else {}), **given, "preset": "gpu" if use_gpu else "cpu"})
+    return check(cfg), given
+
+
+def check(cfg):
+    """Complain, in one line, about settings that cannot work together."""
+    for name in ("precision", "base_precision"):
+        parse_format(getattr(cfg, name))
+    cfg.rollout_precision = parse_format(cfg.rollout_precision or cfg.precision).name
+    cfg.train_precision = parse_format(cfg.train_precision or cfg.precision).name
+    if cfg.keep_from > cfg.keep_to:
+        raise InputError(f"--keep-from {cfg.keep_from} is above --keep-to {cfg.keep_to}: no problem can be kept")
+    if cfg.width % cfg.n_heads or cfg.width // cfg.n_heads % 2:
+        raise InputError(f"--width {cfg.width} must be an even multiple of --n-heads {cfg.n_heads}")
+    if cfg.n_heads % cfg.n_kv_heads:
+        raise InputError(f"--n-heads {cfg.n_heads} must be a multiple of --n-kv-heads {cfg.n_kv_heads}")
+    return cfg
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The mathematics
+
+
+def advantages(rewards, algo):
+    """How much better each answer is than its group. rewards (P, G) FP32 -> (P, G).
+
+    dr-grpo    r - mean over the group (Liu et al. 2025, "Understanding R1-Zero-like training")
+    grpo       (r - mean) / (std + 1e-8), std of the population (Shao et al. 2024, eq. 3)
+    reinforce  r - mean over the batch (Williams 1992, with a baseline)
+    Example: [[1, 1, 0, 0]] -> dr-grpo [[.5, .5, -.5, -.5]], grpo [[1, 1, -1, -1]]. A group that agrees gets zeros."""
+    if algo == "reinforce":
+        return rewards - rewards.mean()
+    a = rewards - rewards.mean(1, keepdim=True)
+    return a / (rewards.std(1, correction=0, keepdim=True) + 1e-8) if algo == "grpo" else a
+
+
+def policy_loss(logp, logp_rollout, advantage, algo, clip_low, clip_high):
+    """Loss of each token; all (N,). `logp` is pi under gradient, `logp_rollout` mu as recorded while sampling.
+
+    The ratio is pi / mu, against the policy that truly acted, mismatch included. Recomputing mu with the training code would
+    make it 1 and hide the mismatch without curing it. PPO's pessimistic bound (Schulman et al. 2017, eq. 7):
+    max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high)). reinforce: -A log pi."""
+    if algo == "reinforce":
+        return -advantage * logp
+    ratio = torch.exp((logp - logp_rollout).clamp(-20, 20))
+    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_low, 1 + clip_high))
+
+
+def token_weights(lengths, algo, max_length):
+    """What one token counts in the batch's loss, an answer each: lengths (R,) -> (R,). The losses times these, summed.
+
+    grpo divides by the answer's own length, so that long wrong answers are punished less per token; the others divide by a
+    constant, the longest possible answer, which has no such bias (Liu et al. 2025)."""
+    per_answer = lengths.float() if algo == "grpo" else torch.full_like(lengths, max_length, dtype=torch.float32)
+    return 1 / (per_answer * len(lengths))
+
+
+def learning_rate(cfg, updates):
+    """Counted in updates taken: a step that the loss scaler skips must not use up the warm-up."""
+    rise = min(1.0, (updates + 1) / (cfg.lr_warmup + 1))
+    return cfg.lr * min(rise, 1 - updates / cfg.steps if cfg.lr_schedule == "linear" else 1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One step
+
+
+def collect(sampler, task, problems, cfg, seed):
+    """G answers to each problem -> Rollout, texts, rewards (P, G) on the CPU. An answer that was cut off gets 0."""
+    rollout = sampler.generate([encode(p.prompt) for p in problems], cfg.group, task.answer_length, cfg.temperature, seed)
+    texts = rollout.texts()
+    rewards = [task.reward(problems[i // cfg.group], t) if s else 0.0 for i, (t, s) in enumerate(zip(texts, rollout.stopped.tolist()))]
+    return rollout, texts, torch.tensor(rewards).view(-1, cfg.group)
+
+
+def accumulate_gradient(model, rollout, advantage, cfg, scaler, max_length):
+    """Forward and backward over the batch, in micro-batches of answers of like length. advantage (R,).
+
+    Returns the loss (a number), and logp_train and entropy as (R, T) with zeros off the answers. Answers without advantage
+    have no gradient: they go forward only, for the metrics."""
+    logp_train, entropy = torch.zeros_like(rollout.logp), torch.zeros_like(rollout.logp)
+    answer, lengths = rollout.is_answer, rollout.length - rollout.prompt_length
+    weight = token_weights(lengths, cfg.algo, max_length)
+    order = torch.argsort(rollout.length, stable=True)
+    has_signal = advantage[order] != 0
+    total = 0.0
+    for learn, rows in ((True, order[has_signal]), (False, order[~has_signal])):
+        for i in range(0, len(rows), cfg.micro_batch):
+            part = rows[i:i + cfg.micro_batch]
+            end = int(rollout.length[part[-1]])
+            tokens, where = rollout.tokens[part, :end], answer[part, :end]
+            with torch.set_grad_enabled(learn):
+                logp, ent = model.token_logprobs(tokens, where, cfg.temperature)
+            if learn:
+                per_row = where.sum(1)
+                a, w = (torch.repeat_interleave(x[part], per_row) for x in (advantage, weight))
+                loss = (policy_loss(logp, rollout.logp[part, :end][where], a, cfg.algo, cfg.clip_low, cfg.clip_high) * w).sum()
+                scaler.scale(loss).backward()
+                total += loss.item()
+            flat = part[:, None].expand_as(where)[where], where.nonzero()[:, 1]
+            logp_train[flat], entropy[flat] = logp.detach(), ent
+    return total, logp_train, entropy
+
+
+def apply_gradient(model, optimizer, scaler, cfg, lr):
+    """Unscale once, clip, step, update: in this order. Returns (gradient norm, True if the scaler skipped the step)."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    before = scaler.get_scale()
+    scaler.unscale_(optimizer)                                          # clipping a scaled gradient would clip the wrong thing
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.item(), scaler.get_scale() < before
+
+
+def first_bad_layer(model, rollout, cfg, loss_scale):
+    """Where in forward or backward order the first inf or NaN shows up, in words; the loss is a plain sum of log-probs."""
+    for name, p in model.named_parameters():
+        if not torch.isfinite(model.num.weight(p)).all():
+            return f"the weights of {name}, rounded to {model.num.fmt.name}"
+    found, largest = [], [0.0, ""]
+
+    def spy(where, kind, x):
+        if not found and not torch.isfinite(x).all():
+            found.append(f"the {kind} pass of {where} (largest number before it: {largest[0]:.3g} in {largest[1] or where}; "
+                         f"{model.num.fmt.name} ends at {model.num.fmt.max:.3g})")
+        elif not found and x.abs().max() > largest[0]:
+            largest[:] = float(x.abs().max()), where
+    model.num.spy = spy
+    try:
+        part = slice(0, cfg.micro_batch)
+        logp, _ = model.token_logprobs(rollout.tokens[part], rollout.is_answer[part], cfg.temperature)
+        (logp.sum() * loss_scale / max(1, logp.numel())).backward()
+    finally:
+        model.num.spy = None
+        model.zero_grad(set_to_none=True)
+    return found[0] if found else "no single layer: it came and went"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+class Run:
+    """The folder of a run: metrics.jsonl, samples.jsonl, checkpoint.pt, curves.png."""
+
+    def __init__(self, path):
+        self.path = pathlib.Path(path)
+        self.metrics, self.samples = self.path / "metrics.jsonl", self.path / "samples.jsonl"
+        self.checkpoint = self.path / "checkpoint.pt"
+
+    @classmethod
+    def new(cls, out):
+        """A fresh folder: `out`, or the next free out/runN. A folder that already holds a run is refused."""
+        if out:
+            run = cls(out)
+            if run.metrics.exists() or run.checkpoint.exists():
+                raise InputError(f"{out} already holds a run: go on with --resume {out}, or give --out another name")
+            run.path.mkdir(parents=True, exist_ok=True)
+            return run
+        for n in range(1, 10 ** 6):
+            try:
+                path = pathlib.Path("out") / f"run{n}"
+                path.mkdir(parents=True)
+                return cls(path)
+            except FileExistsError:
+                continue
+
+    def rewind(self, step):
+        """Drop what was written after `step`: a run that was killed has lines of steps that are about to be done again."""
+        for path in (self.metrics, self.samples):
+            kept = []
+            for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+                try:
+                    if json.loads(line).get("step", 0) <= step:
+                        kept.append(line + "\n")
+                except json.JSONDecodeError:                            # a line cut short by the kill
+                    pass
+            partial = path.with_name(path.name + ".partial")
+            partial.write_text("".join(kept), encoding="utf-8")
+            os.replace(partial, path)
+
+    def log(self, path, row):
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+
+    def history(self):
+        if not self.metrics.exists():
+            return []
+        return [row for row in map(json.loads, self.metrics.read_text(encoding="utf-8").splitlines()) if "step" in row]
+
+
+def provenance(cfg, device):
+    """The first line of metrics.jsonl: enough to run it again."""
+    def ask(*command):
+        try:
+            return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True,
+                                  cwd=pathlib.Path(__file__).parent).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None                                                 # not a git checkout, or no git
+    gpu = device.type == "cuda"
+    return dict(config=dataclasses.asdict(cfg), command=sys.argv, git=ask("git", "rev-parse", "HEAD"), git_dirty=bool(ask("git", "status", "--porcelain")),
+                python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, system=platform.platform(),
+                device=torch.cuda.get_device_name(device) if gpu else platform.processor() or platform.machine(), threads=torch.get_num_threads())
+
+
+def perfectible(sampler, task, pool, cfg, say):
+    """The problems of the pool that the base model solves in keep_from to keep_to of its tries (paper: 20 % to 80 % of 40)."""
+    begin, shown = time.time(), [0]
+
+    def progress(share):
+        if share >= shown[0] + 0.25:
+            shown[0] = share
+            spent = time.time() - begin
+            say(f"  choosing {share:4.0%}  {clock(spent)} spent, {clock(spent / share * (1 - share))} to go")
+    right = solve(sampler, task, pool, cfg.tries, (cfg.seed, 2), temperature=cfg.temperature, rows=cfg.rollout_rows, progress=progress)
+    kept = [p for p, r in zip(pool, right) if cfg.keep_from <= r / cfg.tries <= cfg.keep_to]
+    say(f"perfectible set: kept {len(kept)} of {len(pool)} problems, those right in {cfg.keep_from:.0%} to {cfg.keep_to:.0%} of "
+        f"{cfg.tries} tries (mean over the pool {np.mean(right) / cfg.tries:.3f})")
+    if not kept:
+        raise InputError("no problem was kept: the base model solves all or none of them. Change --noise, --digits or --base-steps, "
+                         "or widen --keep-from and --keep-to")
+    return kept
+
+
+def batch_of(problems, step, cfg):
+    """The P problems of this step: epochs over the set, each in an order of its own that follows from the seed."""
+    out = []
+    for i in range(step * cfg.prompts, (step + 1) * cfg.prompts):
+        epoch, at = divmod(i, len(problems))
+        if at == 0 or not out:
+            order = stream(cfg.seed, 3, epoch).permutation(len(problems))
+        out.append(problems[order[at]])
+    return out
+
+
+def diagnose(history):
+    """What is off, in plain words, from the metrics of the last steps: a list of (topic, sentence)."""
+    last, found = history[-5:], []
+    if len(last) < 5:
+        return found
+    if all(m["frac_zero_std"] > 0.8 for m in last):
+        why = "nearly everything is solved: done, or time for harder problems (--digits)" if last[-1]["accuracy"] > 0.5 else \
+            "nearly nothing is solved: easier problems (--digits), a better base (--base-steps) or more answers (--group)"
+        found.append(("signal", f"{last[-1]['frac_zero_std']:.0%} of the groups agree on their reward and teach nothing; {why}"))
+    skipped = last[-1]["skipped_steps"] - last[0]["skipped_steps"]
+    if skipped >= 3:
+        found.append(("skips", f"the loss scaler skipped {skipped} of the last 4 steps: gradients overflow; a few at the start are normal, "
+                               "else lower --init-scale or --lr"))
+    if all(m["truncated"] > 0.1 for m in last):
+        found.append(("truncated", f"{last[-1]['truncated']:.0%} of the answers were cut off before their stop token and count as wrong"))
+    if len(history) >= 30:
+        early, late = (np.mean([m["logp_gap_mean"] for m in part]) for part in (history[:10], history[-10:]))
+        middle = np.mean([m["logp_gap_mean"] for m in history[-20:-10]])
+        if late > 3 * early and late > middle > early and late > 1e-3:
+            found.append(("mismatch", f"the mismatch rises: mean gap {early:.1e} at first, {late:.1e} now. In the paper this comes before a "
+                                      "collapse; try --precision fp16 on both sides"))
+    if last[-1]["ratio_outliers"] > 0.05:
+        found.append(("outliers", f"{last[-1]['ratio_outliers']:.1%} of the tokens have pi/mu outside [0.9, 1.1] before any update"))
+    return found
+
+
+def step_line(m, cfg, eta):
+    return (f"step {m['step']:4}/{cfg.steps} | acc {m['accuracy']:.3f} len {m['length']:5.1f} ent {m['entropy']:.3f} "
+            f"flat {m['frac_zero_std']:4.0%} | gap {m['logp_gap_mean']:.1e} max {m['logp_gap_max']:.1e} kl {m['kl_k3']:.1e} | "
+            f"loss {m['loss']:+.4f} |g| {m['grad_norm']:8.2e} scale {m['loss_scale']:.0f} lr {m['lr']:.1e} | "
+            f"{m['t_rollout']:.2f}+{m['t_train']:.2f} s {m['tokens_per_s']:6.0f} tok/s | eta {clock(eta)}")
+
+
+def say(text):
+    print(text, flush=True)
+
+
+def train(cfg, given):
+    device = pick_device(cfg.device)
+    task = make_task(cfg.task, cfg.digits, cfg.noise)
+    resumed = load_checkpoint(cfg.resume, device) if cfg.resume else None
+    run = Run(cfg.resume) if resumed else Run.new(cfg.out)
+    rollout_num, train_num = Numerics(cfg.rollout_precision, device), Numerics(cfg.train_precision, device)
+    if rollout_num.fmt == train_num.fmt:
+        rollout_num = train_num                                         # literally the same rounded weights
+    scaler = make_scaler(train_num, cfg.init_scale)
+    say(f"preset {cfg.preset}: {'asked for' if 'preset' in given else 'the device is ' + device.type}"
+        + "".join(f" | {k} {v}" for k, v in given.items() if k not in ("preset", "out", "resume")))
+    say(banner(rollout_num, train_num, scaler))
+
+    # The policy, the problems, the optimizer: fresh, or as they were
+    model = load_model(resumed, device, gpt_config(cfg, task)) if resumed else get_base(cfg, device, say)
+    for num in (rollout_num, train_num):
+        num.hold(model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2), eps=cfg.adam_eps,
+                                  weight_decay=0.0, fused=True)
+    sampler = Sampler(model.use(rollout_num))
+
+    def pass_at_1(problems, purpose):
+        model.use(rollout_num)
+        right = solve(sampler, task, problems, cfg.eval_tries, (cfg.seed, purpose), temperature=cfg.temperature, rows=cfg.rollout_rows)
+        return sum(right) / (len(problems) * cfg.eval_tries)
+    if resumed:
+        problems, heldout = ([Problem(*p) for p in resumed[k]] for k in ("problems", "heldout"))
+        start, updates, skipped, before = (resumed[k] for k in ("step", "updates", "skipped", "before"))
+        try:
+            optimizer.load_state_dict(resumed["optimizer"])
+            scaler.load_state_dict(resumed["scaler"]) if scaler.is_enabled() and resumed["scaler"] else None
+        except (ValueError, KeyError) as e:
+            raise InputError(f"{run.checkpoint} does not fit these settings: {e}") from None
+        run.rewind(start)
+        say(f"resumed {run.path} at step {start}")
+    else:
+        pool = load_problems(cfg.data) if cfg.data else draw_problems(task, cfg.pool, stream(cfg.seed, 4))
+        longest = max(len(encode(p.prompt)) for p in pool)
+        if longest > task.prompt_length:
+            raise InputError(f"a prompt of {longest} tokens does not fit: {cfg.task} with --digits {cfg.digits} has room for {task.prompt_length}")
+        heldout = draw_problems(task, cfg.heldout, stream(cfg.seed, 5), {p.prompt for p in pool}) if cfg.heldout else []
+        problems = perfectible(sampler, task, pool, cfg, say)
+        start, updates, skipped = 0, 0, 0
+        before = pass_at_1(heldout, 6) if heldout else None
+        run.log(run.metrics, provenance(cfg, device))
+    say(f"training on {len(problems)} problems, {cfg.prompts} x {cfg.group} answers a step, {cfg.algo}; everything goes to {run.path}/")
+
+    def save(step):
+        save_checkpoint(run.checkpoint, model, config=dataclasses.asdict(cfg), step=step, updates=updates, skipped=skipped, before=before,
+                        optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), torch_rng=torch.get_rng_state(),
+                        problems=[(p.prompt, p.answer) for p in problems], heldout=[(p.prompt, p.answer) for p in heldout])
+    if not resumed:
+        save(0)
+    stop = []                                                           # a first Ctrl-C ends the step, a second one ends at once
+
+    def on_interrupt(*_):
+        stop.append(1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        say("\nstopping after this step (Ctrl-C again: at once)")
+    signal.signal(signal.SIGINT, on_interrupt)
+
+    history, told, begin = run.history(), {}, time.time()
+    for step in range(start + 1, cfg.steps + 1):
+        # --- rollout: the policy acts, in the rollout's format
+        t0 = time.time()
+        model.use(rollout_num)
+        batch = batch_of(problems, step - 1, cfg)
+        rollout, texts, rewards = collect(sampler, task, batch, cfg, (cfg.seed, 7, step))
+        t1 = time.time()
+
+        # --- training: the same forward, over whole sequences, in the training's format
+        model.use(train_num)
+        advantage = advantages(rewards, cfg.algo).flatten().to(device)
+        loss, logp_train, entropy = accumulate_gradient(model, rollout, advantage, cfg, scaler, task.answer_length)
+        where = rollout.is_answer
+        lengths = rollout.length - rollout.prompt_length
+        mu, pi = rollout.logp[where], logp_train[where]
+        if not (torch.isfinite(mu).all() and torch.isfinite(pi).all()):
+            model.use(train_num if torch.isfinite(mu).all() else rollout_num)
+            raise broken(run, "log-probs are no longer finite", first_bad_layer(model, rollout, cfg, scaler.get_scale()))
+        gaps = mismatch(mu, pi, lengths)                                # before the update: this is the mismatch and nothing else
+        lr = learning_rate(cfg, updates)
+        norm, skip = apply_gradient(model, optimizer, scaler, cfg, lr)
+        updates, skipped = updates + (not skip), skipped + skip
+        if not skip:
+            for num in {rollout_num, train_num}:
+                num.refresh()                                           # once per update, in place, for both sides
+        if (not scaler.is_enabled() and not math.isfinite(norm)) or (scaler.is_enabled() and scaler.get_scale() < 1):
+            raise broken(run, "gradients are no longer finite" if not scaler.is_enabled() else "the loss scale fell below 1",
+                         first_bad_layer(model, rollout, cfg, 1.0))
+        t2 = time.time()
+        # --- end of the step; everything below is diagnostics
+
+        n = len(mu)
+        m = dict(step=step, reward=rewards.mean().item(), accuracy=(rewards == 1).float().mean().item(), tokens=n, length=n / len(lengths),
+                 truncated=1 - rollout.stopped.float().mean().item(), entropy=(entropy.sum() / n).item(),
+                 frac_zero_std=(rewards.std(1, correction=0) == 0).float().mean().item(), **gaps, loss=loss, grad_norm=norm,
+                 loss_scale=scaler.get_scale(), skipped_steps=skipped, lr=lr, t_rollout=t1 - t0, t_train=t2 - t1, tokens_per_s=n / (t2 - t0))
+        history.append(m)
+        run.log(run.metrics, {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in m.items()})
+        say(step_line(m, cfg, (time.time() - begin) / (step - start) * (cfg.steps - step)))
+        for topic, sentence in diagnose(history):
+            if step - told.get(topic, -100) >= 25:
+                told[topic] = step
+                say(f"  note: {sentence}")
+        if step % cfg.sample_every == 0 or step == 1:
+            for i in range(0, min(3, len(batch)) * cfg.group, max(1, cfg.group // 2)):
+                run.log(run.samples, dict(step=step, prompt=batch[i // cfg.group].prompt, text=texts[i], right_answer=batch[i // cfg.group].answer,
+                                          reward=rewards.flatten()[i].item(), stopped=bool(rollout.stopped[i])))
+        if step % cfg.save_every == 0 or step == cfg.steps or stop:
+            save(step)
+        if stop and step < cfg.steps:
+            say(f"stopped at step {step}; go on with: python train_rl.py --resume {run.path}")
+            return 130
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if cfg.plot:
+        plot(run, cfg, history)
+    return verdict(cfg, run, history, pass_at_1(problems, 8), before, pass_at_1(heldout, 6) if heldout else None, len(problems))
+
+
+def broken(run, what, where):
+    return InputError(f"stopped: {what}; first seen in {where}. Try --train-precision bf16 or fp32 to see whether range is the matter, a lower "
+                      f"--lr, or a lower --init-scale. The last good checkpoint is {run.checkpoint}")
+
+
+def verdict(cfg, run, history, accuracy, before, after, kept):
+    """The last lines, and the exit status: 0 for PASS or for a run that gets no verdict, 1 for FAIL."""
+    reference = Config(**{**(GPU if cfg.preset == "gpu" else {}), "preset": cfg.preset})
+    changed = [f.name for f in dataclasses.fields(Config) if f.name not in FREE and getattr(cfg, f.name) != getattr(reference, f.name)]
+    if before is not None:
+        say(f"held-out problems, pass@1 over {cfg.eval_tries} sampled answers each: {before:.3f} before, {after:.3f} after")
+    say(f"training accuracy, sampled at temperature {cfg.temperature:g}, {cfg.eval_tries} answers to each of the {kept} problems: {accuracy:.3f}")
+    passed = None if changed else accuracy >= 0.95
+    if changed:
+        say(f"no verdict: changed from the preset: {', '.join('--' + c.replace('_', '-') for c in changed)}")
+    else:
+        say(f"{'PASS' if passed else 'FAIL'}: the sanity test asks for 0.950 or more")
+    run.log(run.metrics, dict(result=dict(accuracy=accuracy, heldout_before=before, heldout_after=after, kept=kept, passed=passed, changed=changed,
+                                          seconds=time.time() - STARTED)))
+    return 1 if passed is False else 0
+
+
+def plot(run, cfg, history):
+    """curves.png: is it learning, how large is the mismatch, is the loss scale calm, where does the time go."""
+    try:
+        import matplotlib
+    except ImportError:
+        say("no curves.png: matplotlib is not installed (pip install -e '.[plot]')")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    x = [m["step"] for m in history]
+    fig, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True, sharex=True)
+
+    def line(ax, key, label=None, **kw):
+        ax.plot(x, [float(m[key]) for m in history], label=label or key.replace("_", " "), **kw)
+    a, b, c, d = axes.flat
+    line(a, "accuracy")
+    line(a, "reward", ls="--")
+    line(a, "frac_zero_std", "groups without signal", lw=0.8, color="gray")
+    a.set(title="learning", ylabel="share", ylim=(0, 1.02))
+    line(b, "logp_gap_mean", "mean |log mu - log pi|")
+    line(b, "logp_gap_p99", "99th percentile")
+    line(b, "logp_gap_max", "largest")
+    line(b, "kl_k3", "KL (k3)")
+    b.set(title=f"mismatch before the update, rollout {cfg.rollout_precision}, train {cfg.train_precision}", ylabel="nats")
+    if any(m["logp_gap_max"] > 0 for m in history):
+        b.set_yscale("log")
+    line(c, "loss_scale")
+    c.set(title="loss scale", xlabel="step")
+    c.set_yscale("log", base=2)
+    d.stackplot(x, [m["t_rollout"] for m in history], [m["t_train"] for m in history], labels=["rollout", "training"])
+    d.set(title="time", xlabel="step", ylabel="seconds a step")
+    for ax in (a, b, d):
+        ax.legend(fontsize=8)
+    fig.savefig(run.path / "curves.png", dpi=130)
+    plt.close(fig)
+    say(f"curves: {run.path / 'curves.png'}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed
+
+
+def gemm_peak(device, num):
+    """FLOP/s of this machine's own matrix product in the dtype of `num`: the best of a few sizes, each the median of 7."""
+    best, sync = 0.0, torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    for m, k, n in ((1024, 1024, 1024), (2048, 1024, 1024), (4096, 512, 512)) if device.type == "cpu" else ((8192, 8192, 8192), (16384, 4096, 4096)):
+        a, b = torch.randn(m, k, device=device, dtype=num.dtype), torch.randn(k, n, device=device, dtype=num.dtype)
+        times = []
+        for _ in range(8):
+            sync()
+            t = time.perf_counter()
+            a @ b
+            sync()
+            times.append(time.perf_counter() - t)
+        best = max(best, 2 * m * k * n / float(np.median(times[1:])))
+    return best
+
+
+def bench(cfg):
+    """Rollout and training apart, on this job's shapes with random weights, no answer stopping early; the formats take turns
+    in one run, and so does the machine's own GEMM peak, so that a slow minute hits all of them."""
+    device = pick_device(cfg.device)
+    task = make_task(cfg.task, cfg.digits, cfg.noise)
+    model = GPT(gpt_config(cfg, task), device)
+    new, rows = task.answer_length, cfg.prompts * cfg.group
+    formats = list(dict.fromkeys(("fp32", cfg.train_precision)))
+    nums = {f: Numerics(f, device).hold(model.parameters()) for f in formats}
+    prompts = [encode(task.problem(stream(0, i)).prompt) for i in range(cfg.prompts)]
+    prompt = sum(map(len, prompts)) / cfg.prompts
+    sampler, scaler, optimizer = Sampler(model, stop=-1), make_scaler(nums[formats[-1]]), torch.optim.AdamW(model.parameters(), fused=True)
+    advantage = torch.where(torch.arange(rows, device=device) % 2 == 0, 0.5, -0.5)
+    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    # model FLOPs of real tokens: each prompt prefilled once, each new token but the last decoded; then forward and backward
+    work_rollout = model.flops(cfg.prompts * prompt, prompt / 2, cfg.prompts) + model.flops(rows * (new - 1), prompt + new / 2, rows * (new - 1))
+    work_train = 3 * model.flops(rows * (prompt + new - 1), (prompt + new) / 2, rows * new)
+    times = {f: [] for f in formats}
+    peaks = {f: [] for f in formats}
+    say(f"{model.n_params() / 1e6:.2f} M parameters, {cfg.prompts} x {cfg.group} answers of {new} tokens behind prompts of {prompt:g}; "
+        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; {'the median of 5 turns'}")
+    for turn in range(6):
+        for f in formats:
+            peaks[f].append(gemm_peak(device, nums[f]))
+            model.use(nums[f])
+            sync()
+            t0 = time.perf_counter()
+            rollout = sampler.generate(prompts, cfg.group, new, seed=turn)
+            sync()
+            t1 = time.perf_counter()
+            accumulate_gradient(model, rollout, advantage, cfg, scaler, new)
+            apply_gradient(model, optimizer, scaler, cfg, 0.0)
+            nums[f].refresh()
+            sync()
+            times[f].append((t1 - t0, time.perf_counter() - t1))
+    report = {}
+    for f in formats:
+        r, t = (float(np.median([x[i] for x in times[f][1:]])) for i in (0, 1))
+        peak = float(np.median(peaks[f][1:]))
+        report[f] = dict(rollout_s=r, train_s=t, rollout_tokens_per_s=rows * new / r, step_tokens_per_s=rows * new / (r + t), gemm_peak=peak,
+                         rollout_share=work_rollout / r / peak, train_share=work_train / t / peak, step_share=(work_rollout + work_train) / (r + t) / peak)
+        b = report[f]
+        say(f"{f:>5}: rollout {r:.3f} s ({b['rollout_tokens_per_s']:.0f} tokens/s, {b['rollout_share']:.0%} of peak), training {t:.3f} s "
+            f"({b['train_share']:.0%}), step {r + t:.3f} s ({b['step_tokens_per_s']:.0f} tokens/s, {b['step_share']:.0%} of this machine's "
+            f"{peak / 1e9:.0f} GFLOP/s GEMM)")
+    a, b = report[formats[0]], report[formats[-1]]
+    ratio = float(np.median([sum(x) / sum(y) for x, y in zip(times[formats[-1]][1:], times[formats[0]][1:])]))
+    say(f"{formats[-1]} / {formats[0]} step time: {ratio:.2f} (median of paired turns); peak memory {peak_memory(device):.0f} MiB")
+    print(json.dumps(dict(bench="train_rl", device=str(device), threads=torch.get_num_threads(), torch=torch.__version__, params=model.n_params(),
+                          rows=rows, prompt=prompt, new_tokens=new, ratio=ratio, formats=report)))
+    return 0
+
+
+STARTED = time.time()
+
+
+def main(argv=None):
+    cfg, given = parse_config(argv)
+    if cfg.resume:
+        saved = load_checkpoint(cfg.resume)
+        known = {f.name for f in dataclasses.fields(Config)}
+        if "step" not in saved or not set(saved["config"]) <= known:
+            raise InputError(f"{cfg.resume} holds a model but no run to go on with")
+        cfg = check(Config(**{**saved["config"], **given}))
+    try:
+        return bench(cfg) if cfg.bench else train(cfg, given)
+    except KeyboardInterrupt:
+        say("\ninterrupted")
+        return 130
+    except OSError as e:
+        raise InputError(f"{e.filename or 'a file of the run'}: {e.strerror}; the last checkpoint, if there was one, is untouched") from e
+
+
+if __name__ == "__main__":
+    run_main(main)
