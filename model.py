@@ -218,12 +218,12 @@ def save_checkpoint(path, model, **rest):
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as e:                            # torch wraps a failed write in a RuntimeError
+    except (OSError, RuntimeError) as e:
         partial.unlink(missing_ok=True)
-        if isinstance(e, RuntimeError) and "write" not in str(e):
+        cause = e if isinstance(e, OSError) else e.__context__      # torch reports a failed write as a RuntimeError of its own
+        if not isinstance(cause, OSError):
             raise
-        reason = e.strerror if isinstance(e, OSError) else "the disk did not take all of it (full?)"
-        raise InputError(f"cannot write {path}: {reason}; what was there before is untouched") from e
+        raise InputError(f"cannot write {path}: {cause.strerror}; what was there before is untouched") from e
 
 
 def load_checkpoint(path, device="cpu"):

@@ -96,7 +96,7 @@ def emulate_(x, fmt):
 
     A float's bit pattern is an integer that grows with the number, so rounding is integer addition: add just under half
     of the last kept bit (exactly half if that bit is odd) and cut. A carry runs into the exponent, which is right.
-    Subnormals have a fixed spacing; adding and subtracting 1.5 * 2^23 spacings lets the FP32 adder do that rounding."""
+    Subnormals have a fixed spacing; adding and subtracting 2^23 spacings lets the FP32 adder do that rounding."""
     cut = 23 - fmt.man
     if cut == 0 and fmt.exp == 8:
         return x
@@ -104,9 +104,8 @@ def emulate_(x, fmt):
     kept = x[special]
     small = x.abs() < fmt.tiny if fmt.exp < 8 else None
     if small is not None:
-        big = 1.5 * 2.0 ** 23 * fmt.smallest
-        # copysign keeps the sign of what becomes zero
-        subnormal = torch.copysign((x + big) - big, x)
+        big = 2.0 ** 23 * fmt.smallest
+        subnormal = torch.copysign((x.abs() + big) - big, x)       # copysign: what becomes zero keeps its sign
     if cut:
         bits = x.view(torch.int32)
         bits += ((bits >> cut) & 1) + ((1 << (cut - 1)) - 1)
@@ -411,11 +410,15 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.w, ctx.temperature, ctx.chunk, ctx.num, ctx.where = w, temperature, chunk, num, num.where
         logp = torch.empty(len(targets), device=h.device)
         entropy = torch.empty_like(logp)
+        ctx.kept = None
         for s in range(0, len(targets), chunk):
             s = slice(s, s + chunk)
             lp = log_softmax(num.logits(h[s] if rows is None else h[rows[s]], w), temperature)
             logp[s] = lp.gather(1, targets[s, None])[:, 0]
-            entropy[s] = -(lp.exp() * lp).sum(-1)
+            p = lp.exp()
+            entropy[s] = -(p * lp).sum(-1)
+            if len(targets) <= chunk:                            # one chunk is all there is: keep it, and save the way back
+                ctx.kept = p
         ctx.mark_non_differentiable(entropy)
         return logp, entropy
 
@@ -428,7 +431,9 @@ class _TokenLogprobs(torch.autograd.Function):
         for s in range(0, len(targets), ctx.chunk):
             s = slice(s, s + ctx.chunk)
             hs = h[s] if rows is None else h[rows[s]]
-            d = log_softmax(num.logits(hs, ctx.w), ctx.temperature).exp_()   # d logp / d logits = onehot - softmax
+            d = ctx.kept if ctx.kept is not None else log_softmax(num.logits(hs, ctx.w), ctx.temperature).exp_()
+            ctx.kept = None
+            # d logp / d logits = onehot - softmax
             d.scatter_add_(1, targets[s, None], d.new_full((len(d), 1), -1.0))
             d = num._out(d.mul_(dlogp[s, None] * (-1 / ctx.temperature)), "backward", ctx.where)
             dw += num._mm32(d.t(), hs)
@@ -507,5 +512,5 @@ def mismatch(logp_rollout, logp_train, lengths):
 
 
 if __name__ == "__main__":
-    from data.anatomy import main
+    from experiments.anatomy import main
     main()

@@ -206,12 +206,12 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 
 
-def bench(model, device, prompt_length, new_tokens):
+def bench(model, device, prompt_length, new_tokens, sizes=(1, 4, 16, 64, 256, 1024)):
     """Prefill and decode speed over batch sizes. No row stops early, so that every size does the same work a row."""
     sampler, rows_of = Sampler(model, stop=-1), []
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     print(f"{'rows':>5} {'prefill ms':>11} {'ms/step':>8} {'tokens/s':>9} {'peak MiB':>9}   median of 5")
-    for rows in (1, 4, 16, 64, 256, 1024):
+    for rows in sizes:
         prompts = np.random.default_rng(0).integers(0, 256, (rows, prompt_length)).tolist()
 
         def timed(new):

@@ -18,6 +18,7 @@ One step, top to bottom in `train` below:
 Names: P prompts, G answers per prompt, R = P * G answers, N answer tokens of a batch. mu is the policy that acted
 (`logp_rollout`), pi the policy that learns (`logp_train`). Left out: a critic, a reference model, a Trainer class.
 """
+import argparse
 import dataclasses
 import json
 import math
@@ -35,9 +36,9 @@ import torch
 
 from data import TASKS, Problem, draw_problems, load_problems, make_task, stream
 from data.base import clock, get_base, gpt_config
-from model import GPT, load_checkpoint, load_model, save_checkpoint
+from model import load_checkpoint, load_model, save_checkpoint
 from precision import InputError, Numerics, banner, make_scaler, mismatch, parse_format, pick_device
-from sample import Parser, Sampler, encode, number, peak_memory, run_main, solve
+from sample import Parser, Sampler, encode, number, run_main, solve
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings: a field a line, and each is a flag
@@ -123,7 +124,6 @@ def parse_config(argv=None):
         m, flag = f.metadata, "--" + f.name.replace("_", "-")
         text = f"{m['help']} (default {f.default!r}{f', on a GPU {GPU[f.name]!r}' if f.name in GPU else ''})"
         if isinstance(f.default, bool):
-            import argparse
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=m["help"])
         elif isinstance(f.default, str):
             parser.add_argument(flag, choices=m["choices"], help=text)
@@ -206,6 +206,9 @@ def collect(sampler, task, problems, cfg, seed):
     rollout = sampler.generate([encode(p.prompt) for p in problems], cfg.group, task.answer_length, cfg.temperature, seed)
     texts = rollout.texts()
     rewards = [task.reward(problems[i // cfg.group], t) if s else 0.0 for i, (t, s) in enumerate(zip(texts, rollout.stopped.tolist()))]
+    for text, r in zip(texts, rewards):
+        if not math.isfinite(r):
+            raise InputError(f"the task gave the answer {text!r} a reward of {r}")
     return rollout, texts, torch.tensor(rewards).view(-1, cfg.group)
 
 
@@ -240,39 +243,43 @@ def accumulate_gradient(model, rollout, advantage, cfg, scaler, max_length):
 
 def apply_gradient(model, optimizer, scaler, cfg, lr):
     """Unscale once, clip, step, update: in this order. Returns (gradient norm, True if the scaler skipped the step)."""
+    if all(p.grad is None for p in model.parameters()):                 # no answer had an advantage: nothing to do
+        return 0.0, False
     for group in optimizer.param_groups:
         group["lr"] = lr
     before = scaler.get_scale()
     scaler.unscale_(optimizer)                                          # clipping a scaled gradient would clip the wrong thing
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-    scaler.step(optimizer)
-    scaler.update()
+    if scaler.is_enabled() or math.isfinite(norm):                      # without a scaler nobody else would keep a NaN out
+        scaler.step(optimizer)
+        scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return norm.item(), scaler.get_scale() < before
 
 
-def first_bad_layer(model, rollout, cfg, loss_scale):
-    """Where in forward or backward order the first inf or NaN shows up, in words; the loss is a plain sum of log-probs."""
+def first_bad_layer(model, rollout, advantage, cfg, scaler, max_length):
+    """Do the step once more and look at everything that is computed: where, in order, inf or NaN first shows up, in words."""
+    fmt = model.num.fmt
     for name, p in model.named_parameters():
         if not torch.isfinite(model.num.weight(p)).all():
-            return f"the weights of {name}, rounded to {model.num.fmt.name}"
-    found, largest = [], [0.0, ""]
+            return f"the weights of {name}, rounded to {fmt.name}"
+    found, largest = [], [0.0, "nothing"]
 
     def spy(where, kind, x):
         if not found and not torch.isfinite(x).all():
-            found.append(f"the {kind} pass of {where} (largest number before it: {largest[0]:.3g} in {largest[1] or where}; "
-                         f"{model.num.fmt.name} ends at {model.num.fmt.max:.3g})")
-        elif not found and x.abs().max() > largest[0]:
-            largest[:] = float(x.abs().max()), where
+            found.append(f"the {kind} pass of {where} (largest number until then: {largest[0]:.3g} in {largest[1]}; "
+                         f"{fmt.name} ends at {fmt.max:.3g})")
+        elif not found:
+            largest[:] = max(largest, [float(x.abs().max()), where])
     model.num.spy = spy
     try:
-        part = slice(0, cfg.micro_batch)
-        logp, _ = model.token_logprobs(rollout.tokens[part], rollout.is_answer[part], cfg.temperature)
-        (logp.sum() * loss_scale / max(1, logp.numel())).backward()
+        loss, _, _ = accumulate_gradient(model, rollout, advantage, cfg, scaler, max_length)
     finally:
         model.num.spy = None
         model.zero_grad(set_to_none=True)
-    return found[0] if found else "no single layer: it came and went"
+    if math.isfinite(loss) or (found and "forward" in found[0]):
+        return found[0] if found else "no layer this time: it came and went"
+    return "the loss itself, all log-probs being finite: look at rewards and advantages"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -437,6 +444,8 @@ def train(cfg, given):
     if resumed:
         problems, heldout = ([Problem(*p) for p in resumed[k]] for k in ("problems", "heldout"))
         start, updates, skipped, before = (resumed[k] for k in ("step", "updates", "skipped", "before"))
+        if start > cfg.steps:
+            raise InputError(f"{run.path} has done {start} steps, more than --steps {cfg.steps}")
         try:
             optimizer.load_state_dict(resumed["optimizer"])
             scaler.load_state_dict(resumed["scaler"]) if scaler.is_enabled() and resumed["scaler"] else None
@@ -486,9 +495,12 @@ def train(cfg, given):
         where = rollout.is_answer
         lengths = rollout.length - rollout.prompt_length
         mu, pi = rollout.logp[where], logp_train[where]
+
+        def where_bad():
+            return first_bad_layer(model, rollout, advantage, cfg, scaler, task.answer_length)
         if not (torch.isfinite(mu).all() and torch.isfinite(pi).all()):
             model.use(train_num if torch.isfinite(mu).all() else rollout_num)
-            raise broken(run, "log-probs are no longer finite", first_bad_layer(model, rollout, cfg, scaler.get_scale()))
+            raise broken(run, "log-probs are no longer finite", where_bad())
         gaps = mismatch(mu, pi, lengths)                                # before the update: this is the mismatch and nothing else
         lr = learning_rate(cfg, updates)
         norm, skip = apply_gradient(model, optimizer, scaler, cfg, lr)
@@ -498,7 +510,7 @@ def train(cfg, given):
                 num.refresh()                                           # once per update, in place, for both sides
         if (not scaler.is_enabled() and not math.isfinite(norm)) or (scaler.is_enabled() and scaler.get_scale() < 1):
             raise broken(run, "gradients are no longer finite" if not scaler.is_enabled() else "the loss scale fell below 1",
-                         first_bad_layer(model, rollout, cfg, 1.0))
+                         where_bad())
         t2 = time.time()
         # --- end of the step; everything below is diagnostics
 
@@ -525,7 +537,8 @@ def train(cfg, given):
             return 130
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if cfg.plot:
-        plot(run, cfg, history)
+        from experiments.curves import draw
+        say(draw(run.path, history, f"rollout {cfg.rollout_precision}, train {cfg.train_precision}"))
     return verdict(cfg, run, history, pass_at_1(problems, 8), before, pass_at_1(heldout, 6) if heldout else None, len(problems))
 
 
@@ -551,117 +564,6 @@ def verdict(cfg, run, history, accuracy, before, after, kept):
     return 1 if passed is False else 0
 
 
-def plot(run, cfg, history):
-    """curves.png: is it learning, how large is the mismatch, is the loss scale calm, where does the time go."""
-    try:
-        import matplotlib
-    except ImportError:
-        say("no curves.png: matplotlib is not installed (pip install -e '.[plot]')")
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    x = [m["step"] for m in history]
-    fig, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True, sharex=True)
-
-    def line(ax, key, label=None, **kw):
-        ax.plot(x, [float(m[key]) for m in history], label=label or key.replace("_", " "), **kw)
-    a, b, c, d = axes.flat
-    line(a, "accuracy")
-    line(a, "reward", ls="--")
-    line(a, "frac_zero_std", "groups without signal", lw=0.8, color="gray")
-    a.set(title="learning", ylabel="share", ylim=(0, 1.02))
-    line(b, "logp_gap_mean", "mean |log mu - log pi|")
-    line(b, "logp_gap_p99", "99th percentile")
-    line(b, "logp_gap_max", "largest")
-    line(b, "kl_k3", "KL (k3)")
-    b.set(title=f"mismatch before the update, rollout {cfg.rollout_precision}, train {cfg.train_precision}", ylabel="nats")
-    if any(m["logp_gap_max"] > 0 for m in history):
-        b.set_yscale("log")
-    line(c, "loss_scale")
-    c.set(title="loss scale", xlabel="step")
-    c.set_yscale("log", base=2)
-    d.stackplot(x, [m["t_rollout"] for m in history], [m["t_train"] for m in history], labels=["rollout", "training"])
-    d.set(title="time", xlabel="step", ylabel="seconds a step")
-    for ax in (a, b, d):
-        ax.legend(fontsize=8)
-    fig.savefig(run.path / "curves.png", dpi=130)
-    plt.close(fig)
-    say(f"curves: {run.path / 'curves.png'}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Speed
-
-
-def gemm_peak(device, num):
-    """FLOP/s of this machine's own matrix product in the dtype of `num`: the best of a few sizes, each the median of 7."""
-    best, sync = 0.0, torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for m, k, n in ((1024, 1024, 1024), (2048, 1024, 1024), (4096, 512, 512)) if device.type == "cpu" else ((8192, 8192, 8192), (16384, 4096, 4096)):
-        a, b = torch.randn(m, k, device=device, dtype=num.dtype), torch.randn(k, n, device=device, dtype=num.dtype)
-        times = []
-        for _ in range(8):
-            sync()
-            t = time.perf_counter()
-            a @ b
-            sync()
-            times.append(time.perf_counter() - t)
-        best = max(best, 2 * m * k * n / float(np.median(times[1:])))
-    return best
-
-
-def bench(cfg):
-    """Rollout and training apart, on this job's shapes with random weights, no answer stopping early; the formats take turns
-    in one run, and so does the machine's own GEMM peak, so that a slow minute hits all of them."""
-    device = pick_device(cfg.device)
-    task = make_task(cfg.task, cfg.digits, cfg.noise)
-    model = GPT(gpt_config(cfg, task), device)
-    new, rows = task.answer_length, cfg.prompts * cfg.group
-    formats = list(dict.fromkeys(("fp32", cfg.train_precision)))
-    nums = {f: Numerics(f, device).hold(model.parameters()) for f in formats}
-    prompts = [encode(task.problem(stream(0, i)).prompt) for i in range(cfg.prompts)]
-    prompt = sum(map(len, prompts)) / cfg.prompts
-    sampler, scaler, optimizer = Sampler(model, stop=-1), make_scaler(nums[formats[-1]]), torch.optim.AdamW(model.parameters(), fused=True)
-    advantage = torch.where(torch.arange(rows, device=device) % 2 == 0, 0.5, -0.5)
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    # model FLOPs of real tokens: each prompt prefilled once, each new token but the last decoded; then forward and backward
-    work_rollout = model.flops(cfg.prompts * prompt, prompt / 2, cfg.prompts) + model.flops(rows * (new - 1), prompt + new / 2, rows * (new - 1))
-    work_train = 3 * model.flops(rows * (prompt + new - 1), (prompt + new) / 2, rows * new)
-    times = {f: [] for f in formats}
-    peaks = {f: [] for f in formats}
-    say(f"{model.n_params() / 1e6:.2f} M parameters, {cfg.prompts} x {cfg.group} answers of {new} tokens behind prompts of {prompt:g}; "
-        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; {'the median of 5 turns'}")
-    for turn in range(6):
-        for f in formats:
-            peaks[f].append(gemm_peak(device, nums[f]))
-            model.use(nums[f])
-            sync()
-            t0 = time.perf_counter()
-            rollout = sampler.generate(prompts, cfg.group, new, seed=turn)
-            sync()
-            t1 = time.perf_counter()
-            accumulate_gradient(model, rollout, advantage, cfg, scaler, new)
-            apply_gradient(model, optimizer, scaler, cfg, 0.0)
-            nums[f].refresh()
-            sync()
-            times[f].append((t1 - t0, time.perf_counter() - t1))
-    report = {}
-    for f in formats:
-        r, t = (float(np.median([x[i] for x in times[f][1:]])) for i in (0, 1))
-        peak = float(np.median(peaks[f][1:]))
-        report[f] = dict(rollout_s=r, train_s=t, rollout_tokens_per_s=rows * new / r, step_tokens_per_s=rows * new / (r + t), gemm_peak=peak,
-                         rollout_share=work_rollout / r / peak, train_share=work_train / t / peak, step_share=(work_rollout + work_train) / (r + t) / peak)
-        b = report[f]
-        say(f"{f:>5}: rollout {r:.3f} s ({b['rollout_tokens_per_s']:.0f} tokens/s, {b['rollout_share']:.0%} of peak), training {t:.3f} s "
-            f"({b['train_share']:.0%}), step {r + t:.3f} s ({b['step_tokens_per_s']:.0f} tokens/s, {b['step_share']:.0%} of this machine's "
-            f"{peak / 1e9:.0f} GFLOP/s GEMM)")
-    a, b = report[formats[0]], report[formats[-1]]
-    ratio = float(np.median([sum(x) / sum(y) for x, y in zip(times[formats[-1]][1:], times[formats[0]][1:])]))
-    say(f"{formats[-1]} / {formats[0]} step time: {ratio:.2f} (median of paired turns); peak memory {peak_memory(device):.0f} MiB")
-    print(json.dumps(dict(bench="train_rl", device=str(device), threads=torch.get_num_threads(), torch=torch.__version__, params=model.n_params(),
-                          rows=rows, prompt=prompt, new_tokens=new, ratio=ratio, formats=report)))
-    return 0
-
-
 STARTED = time.time()
 
 
@@ -674,7 +576,10 @@ def main(argv=None):
             raise InputError(f"{cfg.resume} holds a model but no run to go on with")
         cfg = check(Config(**{**saved["config"], **given}))
     try:
-        return bench(cfg) if cfg.bench else train(cfg, given)
+        if cfg.bench:
+            from experiments.bench import bench
+            return bench(cfg)
+        return train(cfg, given)
     except KeyboardInterrupt:
         say("\ninterrupted")
         return 130

@@ -4,6 +4,7 @@ It stands in for a pretrained checkpoint: right about half of the time, and unab
 """
 import hashlib
 import json
+import os
 import pathlib
 import time
 
@@ -15,7 +16,7 @@ from model import GPT, GPTConfig, load_checkpoint, load_model, save_checkpoint
 from precision import InputError, Numerics, make_scaler
 from sample import PAD, STOP, TOKENIZER, encode
 
-CACHE = pathlib.Path(__file__).resolve().parent.parent / ".cache"
+CACHE = pathlib.Path(os.environ.get("TENBIT_CACHE") or pathlib.Path(__file__).resolve().parent.parent / ".cache")
 RECIPE = 1          # raise it when the way a base is made changes, so that old ones are not taken for new
 
 
@@ -24,7 +25,7 @@ def gpt_config(cfg, task):
                      n_kv_heads=cfg.n_kv_heads, mlp_width=cfg.mlp_width, context=task.prompt_length + task.answer_length)
 
 
-def demonstrations(task, n, rng, shortest):
+def demonstrations(task, n, rng):
     """n worked answers -> (tokens (n, T) int64 right-padded, is_answer (n, T) bool)."""
     rows = []
     for _ in range(n):
@@ -42,26 +43,33 @@ def clock(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def get_base(cfg, device, say=print):
-    """The base model for this run's settings: from the cache if it is there, else trained and put there."""
-    task = make_task(cfg.task, cfg.digits, cfg.noise)
-    shape = gpt_config(cfg, task)
-    seed = cfg.seed if cfg.base_seed < 0 else cfg.base_seed
-    key = dict(recipe=RECIPE, task=cfg.task, digits=cfg.digits, noise=cfg.noise, gpt=shape.__dict__, steps=cfg.base_steps, seed=seed,
-               batch=cfg.base_batch, lr=cfg.base_lr, precision=cfg.base_precision, device=device.type, torch=torch.__version__)
+def find_base(cfg, device, say=print):
+    """-> (the cached base model for these settings or None, the path it has or would have, its key)."""
+    shape = gpt_config(cfg, make_task(cfg.task, cfg.digits, cfg.noise))
+    key = dict(recipe=RECIPE, task=cfg.task, digits=cfg.digits, noise=cfg.noise, gpt=shape.__dict__, steps=cfg.base_steps,
+               seed=cfg.seed if cfg.base_seed < 0 else cfg.base_seed, batch=cfg.base_batch, lr=cfg.base_lr,
+               precision=cfg.base_precision, device=device.type, torch=torch.__version__)
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     path = CACHE / f"base-{cfg.task}{cfg.digits}-{name}" / "checkpoint.pt"
     if path.exists():
         try:
-            model = load_model(load_checkpoint(path, device), device, expect=shape)
-            say(f"base model: {path.parent.relative_to(CACHE.parent)} (cached), {model.n_params() / 1e6:.2f} M parameters")
-            return model
+            return load_model(load_checkpoint(path, device), device, expect=shape), path, key
         except InputError as e:
             say(f"base model: {e}; making it again")
-    model = GPT(shape, device, seed)
+    return None, path, key
+
+
+def get_base(cfg, device, say=print):
+    """The base model for this run's settings: from the cache if it is there, else trained and put there."""
+    model, path, key = find_base(cfg, device, say)
+    if model:
+        say(f"base model: {path.parent} (cached), {model.n_params() / 1e6:.2f} M parameters")
+        return model
+    task = make_task(cfg.task, cfg.digits, cfg.noise)
+    model = GPT(gpt_config(cfg, task), device, key["seed"])
     say(f"base model: none in the cache for these settings; {model.n_params() / 1e6:.2f} M parameters learn to imitate a noisy "
         f"demonstrator ({cfg.base_steps} steps of {cfg.base_batch})")
-    train_base(model, task, cfg, seed, say)
+    train_base(model, task, cfg, key["seed"], say)
     save_checkpoint(path, model, config=dict(task=cfg.task, digits=cfg.digits, noise=cfg.noise), key=json.dumps(key))
     return model
 
@@ -77,7 +85,7 @@ def train_base(model, task, cfg, seed, say=print):
     for step in range(cfg.base_steps):
         for group in optimizer.param_groups:
             group["lr"] = cfg.base_lr * min((step + 1) / warmup, 1 - step / cfg.base_steps)
-        tokens, answer = demonstrations(task, cfg.base_batch, stream(seed, 1, step), 0)
+        tokens, answer = demonstrations(task, cfg.base_batch, stream(seed, 1, step))
         logp, _ = model.token_logprobs(tokens.to(device), answer.to(device))
         loss = -logp.mean()
         scaler.scale(loss).backward()

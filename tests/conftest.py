@@ -1,0 +1,32 @@
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from precision import Numerics, pick_device
+
+torch.set_num_threads(2)
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """Every test that takes it runs on the CPU and, where there is one, on the GPU."""
+    return pick_device(request.param)
+
+
+def tiny(device="cpu", fmt="fp32", gain=1.0, seed=0, **kw):
+    """A small GPT with random weights, `gain` times as large as at the start of training: a larger gain makes sharper, more
+    varied distributions, as trained models have."""
+    cfg = GPTConfig(**{**dict(vocab_size=67, n_layers=3, width=48, n_heads=4, n_kv_heads=2, mlp_width=80, context=48), **kw})
+    model = GPT(cfg, device, seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 2:
+                p.mul_(10 * gain if name == "head" else gain)
+            else:
+                p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(7)).to(p) * 0.1)
+    return model.use(Numerics(fmt, device).hold(model.parameters()))
+
+
+VARIANTS = {"plain": {}, "one head each": dict(n_kv_heads=4), "qwen2.5": dict(qkv_bias=True, tied_head=True),
+            "qwen3": dict(qk_norm=True, head_dim=20)}

@@ -1,0 +1,341 @@
+"""Formats, operators, loss scale and mismatch metrics, against torch's own casts, FP64 and numbers worked by hand."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import gpt_logits, round_to_format
+
+import precision
+from precision import FORMATS, Format, InputError, Numerics, emulate_, make_scaler, mismatch, parse_format
+
+
+def bits(x):
+    """FP32 bit patterns, all NaNs alike: equality of these is equality of numbers, signed zeros told apart."""
+    return torch.where(x.isnan(), torch.full_like(x, math.nan), x).view(torch.int32)
+
+
+def around(values):
+    """Each FP32 value, the midpoint to its successor in the list, and the FP32 neighbours of both."""
+    v = values[values.isfinite()].sort().values
+    mid = ((v[1:].double() + v[:-1].double()) / 2).float()
+    out = torch.cat((v, mid))
+    inf = torch.tensor(math.inf)
+    special = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0, 3.4e38, -3.4e38, 1e-45, 65519.9, 65520.0, 65536.0])
+    return torch.cat((out, torch.nextafter(out, inf), torch.nextafter(out, -inf), special))
+
+
+@pytest.mark.parametrize("dtype, exp, man", [(torch.float16, 5, 10), (torch.bfloat16, 8, 7)])
+def test_emulation_is_torchs_own_cast_on_every_16_bit_pattern(dtype, exp, man):
+    every = torch.arange(-2 ** 15, 2 ** 15, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    assert torch.equal(bits(emulate_(every.clone(), Format("x", exp, man))), bits(every))        # its numbers stay put
+    x = around(every)                                                                            # ties, and just beside them
+    assert len(x) > 190_000
+    assert torch.equal(bits(emulate_(x.clone(), Format("x", exp, man))), bits(x.to(dtype).float()))
+
+
+def test_emulated_e5m2_is_torchs_float8():
+    every = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float8_e5m2).float()
+    x = around(every)
+    x = x[x.abs() <= 57344]                                  # torch's 8-bit casts may saturate above the largest number
+    assert torch.equal(bits(emulate_(x.clone(), Format("x", 5, 2))), bits(x.to(torch.float8_e5m2).float()))
+
+
+@given(st.integers(2, 8), st.integers(1, 23), st.lists(st.floats(width=32), min_size=1, max_size=20))
+@settings(max_examples=300, deadline=None)
+def test_any_format_rounds_as_the_textbook_says(exp, man, values):
+    x = torch.tensor(values, dtype=torch.float32)
+    y = emulate_(x.clone(), Format("x", exp, man))
+    expected = torch.tensor([round_to_format(v, exp, man) for v in x.tolist()], dtype=torch.float64).float()
+    assert torch.equal(bits(y), bits(expected))
+    assert torch.equal(bits(emulate_(y.clone(), Format("x", exp, man))), bits(y))                # rounding twice is once
+
+
+@pytest.mark.parametrize("name", ["fp16", "bf16", "fp32"])
+def test_the_table_of_formats_agrees_with_torch(name):
+    f, info = FORMATS[name], torch.finfo(FORMATS[name].native)
+    assert (f.max, f.tiny, f.eps, f.smallest) == (info.max, info.tiny, info.eps, info.smallest_normal * info.eps)
+
+
+def test_format_names():
+    assert parse_format("FP16") is FORMATS["fp16"] and parse_format("e5m10") is FORMATS["fp16"]
+    assert parse_format("e8m7") is FORMATS["bf16"] and parse_format("e4m3").max == 240
+    for bad in ("e0m3", "e9m3", "e5m0", "e8m24", "fp17", "", "m3e5"):
+        with pytest.raises(InputError, match="format"):
+            parse_format(bad)
+
+
+# --- operators
+
+
+def operators(num, dtype, device):
+    """name -> (function of Numerics, the same in plain FP64 torch, inputs). Parameters come as FP32 masters."""
+    g = torch.Generator().manual_seed(1)
+
+    def rand(*shape, scale=1.0):
+        return (torch.randn(*shape, generator=g) * scale).to(device, dtype)
+    w, b, gain = (torch.nn.Parameter(rand(*s, scale=0.2).float()) for s in ((24, 16), (24,), (16,)))
+    num.hold([w, b, gain])
+    cos, sin = torch.randn(2, 9, 4, generator=g).to(device)
+    mask = torch.ones(9, 9, dtype=torch.bool, device=device).tril()
+
+    def rope(x, cos, sin):
+        x1, x2 = x.transpose(1, 2).chunk(2, -1)
+        return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
+
+    def attend(q, k, v):
+        k, v = (t.repeat_interleave(2, 1) for t in (k, v))
+        s = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(~mask, -math.inf)
+        return s.softmax(-1) @ v
+    return {
+        "linear": (lambda x: num.linear(x, w, b), lambda x, w, b: x @ w.T + b, [rand(5, 9, 16)], [w, b]),
+        "rms_norm": (lambda x: num.rms_norm(x, gain, 1e-6),
+                     lambda x, g: x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * g, [rand(5, 9, 16)], [gain]),
+        "swiglu": (num.swiglu, lambda x: x[..., :8] * torch.sigmoid(x[..., :8]) * x[..., 8:], [rand(5, 9, 16)], []),
+        "add": (num.add, lambda x, y: x + y, [rand(5, 9, 16), rand(5, 9, 16)], []),
+        "rope": (lambda x: num.rope(x, cos, sin), lambda x: rope(x, cos.double(), sin.double()), [rand(5, 9, 3, 8)], []),
+        "attention": (num.attention, attend, [rand(2, 4, 9, 8), rand(2, 2, 9, 8), rand(2, 2, 9, 8)], []),
+        "masked attention": (lambda q, k, v: num.attention(q, k, v, mask[None, None]), attend,
+                             [rand(2, 4, 9, 8), rand(2, 2, 9, 8), rand(2, 2, 9, 8)], []),
+    }
+
+
+NAMES = ["linear", "rms_norm", "swiglu", "add", "rope", "attention", "masked attention"]
+
+
+@pytest.mark.parametrize("fmt", ["fp32", "fp16", "bf16", "e5m7", "tf32"])
+@pytest.mark.parametrize("name", NAMES)
+def test_operator_against_fp64(name, fmt, device):
+    """Output and gradients are the FP64 ones, rounded once: within one spacing of the format (half for the rounding, and a
+    little for a tie that FP32 arithmetic tips over), plus FP32's own error."""
+    num = Numerics(fmt, device)
+    op, reference, inputs, params = operators(num, num.dtype, device)[name]
+    inputs = [num.round_(x.clone()).requires_grad_() for x in inputs]
+    for p in params:
+        p.grad = None
+    y = op(*inputs)
+    dy = num.round_(torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y))
+    y.backward(dy)
+    in64 = [x.detach().double().requires_grad_() for x in inputs]
+    p64 = [num.weight(p).detach().double().requires_grad_() for p in params]
+    y64 = reference(*in64, *p64)
+    y64.backward(dy.double())
+    eps = num.fmt.eps
+
+    def close(got, want, exact32=False):
+        # flash attention on a GPU rounds its probabilities too: one more rounding, relative to the largest value
+        extra = 2 * eps * want.abs().max() if device.type == "cuda" and "attention" in name and eps > 1e-5 else 0
+        bound = (2.0 ** -22 if exact32 else eps) * want.abs() + 3e-6 * want.abs().max() + num.fmt.smallest + extra
+        assert (got.double() - want).abs().le(bound).all(), (got.double() - want).abs().max()
+    close(y, y64)
+    for x, x64 in zip(inputs, in64):
+        close(x.grad, x64.grad)
+    for p, w64 in zip(params, p64):
+        assert p.grad.dtype == torch.float32                  # weight gradients are FP32 and never rounded to the format
+        close(p.grad, w64.grad, exact32=fmt != "bf16" or device.type == "cpu")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("fmt", ["fp16", "bf16", "e4m3"])
+def test_every_output_and_gradient_is_a_number_of_the_format(name, fmt):
+    num = Numerics(fmt, "cpu")
+    op, _, inputs, _ = operators(num, torch.float32, "cpu")[name]
+    inputs = [num.round_(x.clone()).requires_grad_() for x in inputs]
+    y = op(*inputs)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(3)))   # not rounded: the operator has to
+    for t in (y.detach(), *(x.grad for x in inputs)):
+        assert torch.equal(t, num.round_(t.clone()))
+
+
+def test_no_native_half_arithmetic_on_a_cpu():
+    """A CPU's half GEMM is 5 to 40 times slower: no operator may see a 16-bit floating tensor, forward or backward."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        casts = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func not in self.casts:
+                for t in torch.utils._pytree.tree_leaves((args, kwargs)):
+                    assert not (isinstance(t, torch.Tensor) and t.dtype in (torch.float16, torch.bfloat16)), func
+            return func(*args, **(kwargs or {}))
+    model = tiny(fmt="fp16")
+    tokens = torch.randint(0, 67, (3, 12), generator=torch.Generator().manual_seed(0))
+    where = torch.ones(3, 12, dtype=torch.bool)
+    where[:, 0] = False
+    with Watch():
+        logp, _ = model.token_logprobs(tokens, where)
+        logp.sum().backward()
+        model.num.refresh()
+
+
+def test_fp16_model_against_an_fp64_reference(device):
+    """The same rounded weights in FP64: FP16's log-probs are off by what ten mantissa bits cost, BF16's by about 8 times
+    that, FP32's by next to nothing. Bounds: measured means are 4e-4, 3e-3 and 1e-6; four times that is a defect."""
+    tokens = torch.randint(0, 67, (8, 30), generator=torch.Generator().manual_seed(0)).to(device)
+    where = torch.ones_like(tokens, dtype=torch.bool)
+    where[:, 0] = False
+    errors = {}
+    for fmt in ("fp32", "fp16", "bf16"):
+        model = tiny(device, fmt, gain=2.0)
+        logp, _ = model.token_logprobs(tokens, where)
+        cpu = tiny("cpu", fmt, gain=2.0)
+        logits = gpt_logits(cpu, tokens.cpu(), lambda p, num=cpu.num: num.weight(p).double())[:, :-1]
+        want = logits.log_softmax(-1).gather(2, tokens.cpu()[:, 1:, None]).flatten()
+        errors[fmt] = (logp.detach().cpu().double() - want).abs().mean().item()
+    assert errors["fp32"] < 1e-5 and errors["fp16"] < 8e-3 and errors["bf16"] < 6e-2, errors
+    assert 3 < errors["bf16"] / errors["fp16"] < 20, errors
+
+
+def test_gradients_against_fp64_autograd():
+    """Every parameter's gradient in FP32 numerics is FP64 autograd's through an independent model, for all variants."""
+    from conftest import VARIANTS
+    for kw in VARIANTS.values():
+        model = tiny(gain=1.5, **kw)
+        tokens = torch.randint(0, 67, (4, 11), generator=torch.Generator().manual_seed(1))
+        where = torch.ones_like(tokens, dtype=torch.bool)
+        where[:, 0] = False
+        model.token_logprobs(tokens, where, 1.3)[0].sum().backward()
+        double = {p: p.detach().double().requires_grad_() for p in model.parameters()}
+        logits = gpt_logits(model, tokens, lambda p, d=double: d[p])[:, :-1] / 1.3
+        logits.log_softmax(-1).gather(2, tokens[:, 1:, None]).sum().backward()
+        for name, p in model.named_parameters():
+            want = double[p].grad
+            assert (p.grad.double() - want).norm() <= 2e-5 * want.norm(), name
+
+
+# --- log-probs in chunks
+
+
+@pytest.mark.parametrize("fmt", ["fp32", "fp16"])
+def test_chunked_logprobs_are_the_whole_ones(fmt, monkeypatch):
+    num = Numerics(fmt)
+    g = torch.Generator().manual_seed(0)
+    w = torch.nn.Parameter(torch.randn(211, 32, generator=g))
+    num.hold([w])
+    h = num.round_(torch.randn(50, 32, generator=g)).requires_grad_()
+    rows, targets = torch.randperm(50, generator=g)[:37], torch.randint(0, 211, (37,), generator=g)
+    sizes, logits = [], Numerics.logits
+    monkeypatch.setattr(Numerics, "logits", lambda self, h, w: sizes.append(len(h)) or logits(self, h, w))
+
+    def both(chunk_bytes):
+        h.grad = w.grad = None
+        logp, entropy = num.token_logprobs(h, w, targets, rows, 0.7, chunk_bytes)
+        (logp * torch.arange(37)).sum().backward()
+        return logp.detach(), entropy, h.grad.clone(), w.grad.clone()
+    whole = both(1 << 30)
+    sizes.clear()
+    chunked = both(211 * 4 * 5)
+    assert max(sizes) == 5 and sum(sizes) == 2 * 37                        # five rows of logits at a time, never more
+    for a, b in zip(whole, chunked):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-4)
+    lp = (h.detach()[rows].double() @ num.weight(w).double().T / 0.7).log_softmax(-1)
+    assert torch.allclose(whole[0].double(), lp.gather(1, targets[:, None])[:, 0], atol=1e-4)
+    assert torch.allclose(whole[1].double(), -(lp.exp() * lp).sum(-1), atol=1e-4)
+
+
+# --- weights
+
+
+def test_masters_stay_fp32_and_the_rounded_copy_keeps_its_address(device):
+    p = torch.nn.Parameter(torch.randn(5, 7).to(device))
+    num = Numerics("fp16", device).hold([p])
+    address, before = num.weight(p).data_ptr(), num.weight(p).clone()
+    with torch.no_grad():
+        p.add_(0.3)
+    assert torch.equal(num.weight(p), before)                                # once per update, not before
+    num.refresh()
+    assert num.weight(p).data_ptr() == address and not torch.equal(num.weight(p), before)
+    assert p.dtype == torch.float32 and torch.equal(num.weight(p).float(), p.detach().half().float())
+
+
+def test_updates_below_half_precision_are_kept_by_the_master():
+    """1 + 1e-4 is 1 in FP16. Ten such steps are lost to a model without masters, and arrive with them."""
+    p = torch.nn.Parameter(torch.ones(1))
+    num = Numerics("fp16").hold([p])
+    for _ in range(10):
+        with torch.no_grad():
+            p.add_(1e-4)
+        num.refresh()
+    assert num.weight(p).item() == 1 + 2 ** -10
+
+
+# --- loss scale
+
+
+def test_small_gradients_underflow_without_a_scale_and_survive_with_one():
+    tokens = torch.randint(0, 67, (2, 8), generator=torch.Generator().manual_seed(0))
+    where = torch.ones_like(tokens, dtype=torch.bool)
+    where[:, 0] = False
+
+    def gradient(fmt, scale):
+        model = tiny(fmt=fmt)
+        logp, _ = model.token_logprobs(tokens, where)
+        (logp.sum() * 1e-9 * scale).backward()
+        return model.blocks[0].qkv.grad / scale
+    assert gradient("fp16", 1.0).abs().max() == 0                             # below 2^-25 everything is flushed to 0
+    exact, scaled = gradient("fp32", 1.0), gradient("fp16", 2.0 ** 16)
+    assert (scaled - exact).norm() < 0.05 * exact.norm()
+
+
+def test_scaler_skips_halves_and_regrows(device):
+    num = Numerics("fp16", device)
+    p = torch.nn.Parameter(torch.ones(3, device=device))
+    opt = torch.optim.AdamW([p], lr=0.1, fused=True, weight_decay=0.0)
+    scaler = make_scaler(num, 1024.0)
+    assert scaler.get_growth_interval() == 400
+    scaler.set_growth_interval(2)
+
+    def step(gradient):
+        p.grad = torch.full_like(p, gradient) * scaler.scale(torch.ones((), device=device))
+        scaler.unscale_(opt)
+        scaler.step(opt)
+        scaler.update()
+        return scaler.get_scale()
+    assert step(math.inf) == 512 and torch.equal(p, torch.ones_like(p))       # skipped: the weights did not move
+    assert step(1.0) == 512 and (p < 1).all()
+    assert step(1.0) == 1024                                                   # two clean steps: grown again
+    assert not make_scaler(Numerics("bf16", device)).is_enabled() and not make_scaler(Numerics("fp32", device)).is_enabled()
+
+
+# --- mismatch
+
+
+def test_mismatch_on_numbers_worked_by_hand():
+    """Two answers of 2 and 1 tokens; log mu - log pi = 0, ln 2, -ln 4."""
+    mu = torch.tensor([-1.0, -1.0, -2.0])
+    pi = torch.tensor([-1.0, -1.0 - math.log(2), -2.0 + math.log(4)])
+    m = mismatch(mu, pi, torch.tensor([2, 1]))
+    want = dict(logp_gap_mean=math.log(8) / 3, logp_gap_p99=math.log(4), logp_gap_max=math.log(4), kl_k1=-math.log(2) / 3,
+                kl_k3=((0.5 - 1 + math.log(2)) + (4 - 1 - math.log(4))) / 3, seq_kl=(math.log(2) - math.log(4)) / 2,
+                prob_gap_mean=(math.exp(-1) / 2 + 3 * math.exp(-2)) / 3, ratio_outliers=2 / 3, exact_share=1 / 3)
+    assert set(m) == set(want)
+    for k in want:
+        assert m[k] == pytest.approx(want[k], rel=1e-5, abs=1e-7), k
+
+
+def test_the_sampled_kl_estimators_agree_with_the_exact_kl():
+    """k1 and k3, weighted by mu's own probabilities, are KL[mu || pi] exactly (the mean over all outcomes)."""
+    g = torch.Generator().manual_seed(0)
+    mu, pi = torch.randn(2, 50, generator=g).double().log_softmax(-1)
+    copies = (mu.exp() * 4e6).round().long()
+    m = mismatch(torch.repeat_interleave(mu, copies), torch.repeat_interleave(pi, copies), torch.ones(int(copies.sum()), dtype=torch.long))
+    exact = float((mu.exp() * (mu - pi)).sum())
+    assert m["kl_k1"] == pytest.approx(exact, rel=1e-4) and m["kl_k3"] == pytest.approx(exact, rel=1e-4)
+
+
+def test_a_missing_device_is_one_clear_line():
+    for name in ("cuda:99", "tpu", "mps", "gpu0"):
+        with pytest.raises(InputError, match="device"):
+            precision.pick_device(name)
+
+
+def test_banner_names_formats_and_reasons():
+    a, b = Numerics("fp16"), Numerics("bf16")
+    line = precision.banner(a, a, make_scaler(a))
+    assert "rollout fp16, train fp16" in line and "65536" in line and "\n" not in line
+    assert "DIFFERENT" in precision.banner(b, a, make_scaler(a))
+    assert np.isfinite(precision.FORMATS["tf32"].max)

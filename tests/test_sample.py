@@ -1,0 +1,230 @@
+"""The sampler against the slow and obvious way, and its recorded log-probs against teacher forcing."""
+import json
+import math
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import sample_without_cache
+
+import sample
+from data import stream
+from model import save_checkpoint
+from precision import InputError, mismatch
+from sample import STOP, Sampler, decode, draw, encode, pass_at_k
+
+PAD = 66                                             # the last token of the tiny vocabulary
+PROMPTS = [[1, 2, 3], [4] * 9, [5, 6], [7, 8, 9, 10, 11]]
+
+
+def stopping_model(device="cpu", fmt="fp32", **kw):
+    """A random model and a sampler whose stop token is one that this model says about one time in twelve."""
+    model = tiny("cpu", gain=2.0, **kw)
+    said = Sampler(model, stop=-1, pad=PAD).generate(PROMPTS, 16, 20, seed=0)
+    share = torch.bincount(said.tokens[said.is_answer], minlength=PAD) / said.is_answer.sum()
+    stop = int((share - 1 / 12).abs().argmin())
+    return tiny(device, fmt, gain=2.0, **kw), stop
+
+
+def sampler_of(device="cpu", fmt="fp32", **kw):
+    model, stop = stopping_model(device, fmt, **kw)
+    return model, Sampler(model, stop=stop, pad=PAD)
+
+
+# --- tokenizer
+
+
+@given(st.text())
+@settings(deadline=None)
+def test_every_text_survives(text):
+    tokens = encode(text)
+    assert tokens == list(text.encode("utf-8", "surrogatepass")) and max(tokens, default=0) < 256
+    assert decode([*tokens, STOP]) == text
+
+
+def test_special_tokens_are_apart_and_never_come_from_text():
+    assert len({STOP, sample.PAD}) == 2 and encode("<|stop|><|pad|>") == list(b"<|stop|><|pad|>")
+    assert decode([104, 105, STOP]) == "hi"
+    assert decode([0xC3]) == "\ufffd"                                            # half a character
+
+
+# --- drawing
+
+
+def test_draw_hits_every_token_as_often_as_its_probability_says():
+    """u on a regular grid of N points: the count of each token is N p, give or take one. No luck involved."""
+    logp = torch.log_softmax(torch.randn(40, generator=torch.Generator().manual_seed(0)) * 2, -1)
+    n = 100_000
+    u = ((torch.arange(n).double() + 0.5) / n).float()
+    counts = torch.bincount(draw(logp.expand(n, -1), u), minlength=40)
+    assert ((counts - n * logp.exp()).abs() <= 1.01 + n * 1e-6).all()
+
+
+@given(st.lists(st.floats(-100, 5), min_size=2, max_size=50), st.sampled_from([0.0, 2.0 ** -24, 0.5, 1 - 2.0 ** -24]))
+@settings(deadline=None)
+def test_draw_never_takes_a_token_of_probability_zero(logits, u):
+    logits = torch.tensor(logits)
+    logits[::2] = -math.inf                                                       # half of them impossible, the first one too
+    if len(logits) % 2:
+        logits = torch.cat((logits, torch.tensor([-math.inf])))                   # ... and the last one
+    token = draw(logits.log_softmax(-1)[None], torch.tensor([u]))
+    assert logits.log_softmax(-1).exp()[token] > 0
+
+
+# --- generate
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+@pytest.mark.parametrize("prompts", [PROMPTS, [[1, 2, 3], [3, 2, 1]]], ids=["ragged", "equal"])
+def test_same_tokens_as_the_slow_way(prompts, temperature):
+    """Cached, batched, finished rows dropped: token for token what a loop over rows and whole sequences gives."""
+    model, sampler = sampler_of()
+    out = sampler.generate(prompts, 8, 20, temperature, seed=(5, 6))
+    noise = stream(5, 6).random((20, len(prompts) * 8), np.float32)
+    slow = sample_without_cache(model, prompts, 8, 20, noise, sampler.stop, temperature)
+    lengths = set()
+    for row, (tokens, logps) in enumerate(slow):
+        start, end = int(out.prompt_length[row]), int(out.length[row])
+        assert out.tokens[row, :start].tolist() == prompts[row // 8]
+        assert out.tokens[row, start:end].tolist() == tokens
+        assert out.logp[row, start:end].tolist() == pytest.approx(logps, abs=1e-4)
+        assert bool(out.stopped[row]) == (tokens[-1] == sampler.stop)
+        assert (out.logp[row, end:] == 0).all() and (out.tokens[row, end:] == PAD).all()
+        lengths.add(len(tokens))
+    assert len(lengths) > 5 and 20 in lengths                                     # early and late stops, and cut-off rows
+
+
+# Mean |log mu - log pi| over the sampled tokens. Measured on the CPU: fp32 3e-7, fp16 3e-4, bf16 2e-3; bounds four times that.
+BOUND = {"fp32": 2e-6, "fp16": 1.5e-3, "bf16": 1e-2, "e5m7": 1e-2}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("fmt", BOUND)
+def test_recorded_logprobs_are_the_teacher_forced_ones(fmt, temperature, device):
+    """The project's central claim, on ragged prompts and with the stop token: what was recorded while sampling is what
+    training computes. A wrong temperature, position, mask or cast shows here as a gap of 0.1 or more."""
+    model, sampler = sampler_of(device, fmt)
+    out = sampler.generate(PROMPTS, 16, 20, temperature, seed=1)
+    where = out.is_answer
+    with torch.no_grad():
+        logp, _ = model.token_logprobs(out.tokens, where, temperature)
+    stops = (out.tokens[where] == sampler.stop).sum()
+    assert stops == out.stopped.sum() > 10 and (~out.stopped).sum() > 2
+    gap = (out.logp[where] - logp).abs()
+    assert gap.mean() < BOUND[fmt] and gap.max() < 40 * BOUND[fmt], (gap.mean(), gap.max())
+    assert gap[out.tokens[where] == sampler.stop].mean() < 2 * BOUND[fmt]                    # at the stop token like anywhere else
+    assert mismatch(out.logp[where], logp, out.length - out.prompt_length)["ratio_outliers"] == 0
+
+
+def test_fp16_mismatch_is_several_times_smaller_than_bf16s():
+    """8 layers: the KL of BF16's roundings is about 10 times that of FP16's (measured 7 to 17); a factor of 3 is asked for.
+    The KL and not the mean gap: with products in FP32 a rounding goes the other way in few tokens, in BF16 still fewer (a wider
+    spacing has fewer borders) but by 8 times as much, so the means are alike and the squares are not."""
+    kl = {}
+    for fmt in ("fp16", "bf16"):
+        model, sampler = sampler_of(fmt=fmt, n_layers=8, width=128, mlp_width=256)
+        out = sampler.generate(PROMPTS, 64, 20, seed=1)
+        with torch.no_grad():
+            logp, _ = model.token_logprobs(out.tokens, out.is_answer)
+        kl[fmt] = mismatch(out.logp[out.is_answer], logp, out.length - out.prompt_length)["kl_k3"]
+    assert kl["bf16"] > 3 * kl["fp16"], kl
+
+
+def test_masks_prompt_never_stop_token_always():
+    _, sampler = sampler_of()
+    out = sampler.generate(PROMPTS, 8, 20, seed=2)
+    where = out.is_answer
+    for row in range(len(where)):
+        start, end = len(PROMPTS[row // 8]), int(out.length[row])
+        assert where[row].nonzero()[:, 0].tolist() == list(range(start, end))
+        if out.stopped[row]:
+            assert out.tokens[row, end - 1] == sampler.stop and where[row, end - 1]
+
+
+def test_a_sampled_pad_token_is_a_token():
+    """Padding is told by length, never by comparing ids: a model that likes the pad token trains on it like on any other."""
+    model, stop = stopping_model()
+    out = Sampler(model, stop=-1, pad=stop).generate(PROMPTS, 8, 20, seed=0)      # here the likely token is the padding
+    pads = (out.tokens == stop) & out.is_answer
+    assert pads.sum() > 10 and (out.logp[pads] < 0).all() and out.is_answer.sum() == 32 * 20
+
+
+def test_seed_and_greedy():
+    _, s = sampler_of()
+    a, b, c = (s.generate(PROMPTS, 4, 20, seed=x) for x in (1, 1, 2))
+    assert torch.equal(a.tokens, b.tokens) and torch.equal(a.logp, b.logp) and not torch.equal(a.tokens, c.tokens)
+    g, h = (s.generate(PROMPTS, 2, 20, temperature=0, seed=x) for x in (1, 2))
+    assert torch.equal(g.tokens, h.tokens)
+
+
+def test_what_cannot_be_sampled_is_refused():
+    s = Sampler(tiny())
+    for prompts, new, words in (([[1] * 40], 20, "do not fit the model's context"), ([[]], 5, "empty prompt"),
+                                ([[1]], 0, "at least 1"), ([], 5, "empty prompt")):
+        with pytest.raises(InputError, match=words):
+            s.generate(prompts, 1, new)
+
+
+# --- evaluation
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 8])
+def test_pass_at_k_by_enumeration(n):
+    """All ways to draw k of n tries, of which the first c are right."""
+    for c in range(n + 1):
+        for k in range(1, n + 1):
+            draws = list(combinations(range(n), k))
+            assert pass_at_k(n, c, k) == pytest.approx(sum(min(d) < c for d in draws) / len(draws))
+
+
+# --- command line
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    model = tiny(vocab_size=258, context=41)
+    save_checkpoint(tmp_path / "checkpoint.pt", model, config=dict(task="addition", digits=3, noise=0.15))
+    return str(tmp_path)
+
+
+def test_json_output(run_folder, capsys):
+    sample.main(["--model", run_folder, "--prompt", "187+737=", "--prompt", "1+1=", "--n", "3", "--json", "--max-new-tokens", "7"])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) == 6 and [r["prompt"] for r in rows] == ["187+737="] * 3 + ["1+1="] * 3
+    for r in rows:
+        assert set(r) == {"prompt", "text", "tokens", "logp"} and len(r["tokens"]) == len(r["logp"]) <= 7
+        assert decode(r["tokens"]) == r["text"] and all(x <= 0 for x in r["logp"])
+
+
+def test_eval_and_plain_output(run_folder, capsys):
+    sample.main(["--model", run_folder, "--eval", "--problems", "5", "--n", "4"])
+    assert "pass@1 0.000  pass@2 0.000  pass@4 0.000" in capsys.readouterr().out
+    sample.main(["--model", run_folder, "--prompt", "1+1=", "--temperature", "0", "--precision", "e5m7"])
+    assert capsys.readouterr().out.startswith("1+1=")
+
+
+def test_bench_ends_in_one_json_line(run_folder, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "bench", lambda *a, real=sample.bench: real(*a, sizes=(1, 3)))
+    sample.main(["--model", run_folder, "--bench"])
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [r["rows"] for r in report["sizes"]] == [1, 3] and report["format"] == "fp16"
+
+
+@pytest.mark.parametrize("flags, words", [(["--prompt", "x" * 50], "no room for an answer"), ([], "nothing to do"), (["--prompt", ""], "empty"),
+                                          (["--prompt", "x", "--precision", "fp61"], "did you mean fp16"),
+                                          (["--prompt", "x", "--device", "cuda:7"], "is not there")])
+def test_bad_requests_are_one_line(run_folder, flags, words):
+    with pytest.raises(InputError, match=words):
+        sample.main(["--model", run_folder, *flags])
+
+
+def test_bad_flags_exit_with_status_2(capsys):
+    for flags, words in ((["--promt", "x"], "did you mean --prompt"), (["--n", "0"], "out of range"), (["--n", "x"], "not a whole number")):
+        with pytest.raises(SystemExit) as e:
+            sample.main(flags)
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and words in err and err.count("\n") == 1
