@@ -63,7 +63,8 @@ def test_a_short_run_learns(home):
     assert [r["step"] for r in steps] == list(range(1, 26)) and all(set(r) == want for r in steps)
     early, late = (sum(r["accuracy"] for r in part) / 5 for part in (steps[:5], steps[-5:]))
     assert late > early + 0.1 and last["result"]["accuracy"] > 0.85, (early, late, last)
-    assert all(0 < r["logp_gap_mean"] < 1e-3 for r in steps)                          # measured, and FP16-small
+    gaps = [r["logp_gap_mean"] for r in steps]
+    assert 0 < max(gaps) < 1e-3 and min(gaps) >= 0                                    # measured, and FP16-small
     assert last["result"]["passed"] is None and "no verdict" in out and "\r" not in out
     assert {"prompt", "text", "reward", "step"} <= set(rows(home / "learns" / "samples.jsonl")[0])
 
@@ -154,7 +155,8 @@ def test_overflow_stops_the_run_with_the_layer_and_a_safe_checkpoint(home):
     """e3m6 ends at 15.875: a forward pass with larger activations overflows. The run stops, says where, and loses nothing."""
     err = refuse(home, *SMALL, "--precision", "fp16", "--train-precision", "e3m6", "--out", "overflow")
     assert "log-probs are no longer finite" in err and re.search(r"pass of blocks\.\d", err) and "e3m6 ends at 15.9" in err
-    assert load_checkpoint(home / "overflow")["step"] == 0
+    done = [r["step"] for r in rows(home / "overflow" / "metrics.jsonl") if "step" in r]
+    assert load_checkpoint(home / "overflow")["step"] == len(done) // 2 * 2           # saved every second step, the last one too
 
 
 @pytest.mark.parametrize("precision, words", [("fp16", "the loss scale fell below 1"), ("bf16", "gradients are no longer finite")])
