@@ -237,7 +237,9 @@ def load_checkpoint(path, device="cpu"):
             damaged = z.testzip()
         state = None if damaged else torch.load(path, map_location=device, weights_only=True)
     except Exception as e:  # whatever is wrong with a foreign file, the answer to the user is the same
-        raise InputError(f"{path} is not a complete checkpoint ({type(e).__name__}): truncated, or another program's file") from e
+        raise InputError(
+            f"{path} is not a complete checkpoint ({type(e).__name__}): truncated, or another program's file"
+        ) from e
     if not isinstance(state, dict) or "tenbit" not in state:
         raise InputError(f"{path} is {'damaged' if state is None else 'not a checkpoint of this program'}")
     if state["tenbit"] != FORMAT_VERSION:

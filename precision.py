@@ -17,11 +17,15 @@ read the rounded ones. Left out on purpose: torch.autocast, whose lists of opera
 """
 import difflib
 import math
+import os
 import re
+import warnings
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")    # read when CUDA starts; see pick_device
 
 
 class InputError(ValueError):
@@ -84,7 +88,9 @@ def parse_format(text):
         return FORMATS[name]
     m = re.fullmatch(r"e(\d+)m(\d+)", name)
     if not m:
-        raise InputError(f"unknown number format {text!r}{nearest(name, FORMATS)}: use {', '.join(FORMATS)} or eXmY such as e5m7")
+        raise InputError(
+            f"unknown number format {text!r}{nearest(name, FORMATS)}: use {', '.join(FORMATS)} or eXmY such as e5m7"
+        )
     exp, man = int(m[1]), int(m[2])
     if not (2 <= exp <= 8 and 1 <= man <= 23):
         raise InputError(f"number format {text!r} makes no sense: eXmY needs 2 to 8 exponent bits and 1 to 23 mantissa bits")
@@ -169,8 +175,14 @@ class Numerics:
             return x.copy_(x.to(self.fmt.native))
         return emulate_(x, self.fmt)
 
+    def rounded(self, x):
+        """x in the format, as a new tensor where anything is rounded."""
+        if not self.emulated:
+            return x
+        return x.to(self.fmt.native).float() if self.fmt.native else emulate_(x.clone(), self.fmt)
+
     def _out(self, x, kind="forward", where=None):
-        """The end of every operator: from FP32 to the format."""
+        """The end of every operator: from FP32 to the format. Overwrites x where the format is emulated."""
         x = self.round_(x) if x.dtype == self.dtype else x.to(self.dtype)
         if self.spy:
             self.spy(where or self.where, kind, x)
@@ -295,8 +307,8 @@ class _Add(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        # autograd has summed two branches into dy and others may hold the same tensor, hence the copy
-        dy = ctx.num._out(dy.clone() if ctx.num.emulated else dy, "backward", ctx.where)
+        # autograd has summed two branches into dy, and others may hold the same tensor: round into a new one
+        dy = ctx.num._out(ctx.num.rounded(dy), "backward", ctx.where)
         return dy, dy, None
 
 
@@ -385,7 +397,9 @@ class _Attention(torch.autograd.Function):
         else:                                                                # 0 or -inf, added by the product itself
             bias = torch.zeros(mask.shape, device=q.device).masked_fill_(~mask, -math.inf)
             rows = B if mask.dim() == 4 and mask.shape[0] > 1 else 1
-            bias = bias.view(rows, 1, 1, Tq, Tk).expand(rows, KV if rows > 1 else 1, H // KV, Tq, Tk).reshape(-1, q.shape[1], Tk)
+            bias = (
+                bias.view(rows, 1, 1, Tq, Tk).expand(rows, KV if rows > 1 else 1, H // KV, Tq, Tk).reshape(-1, q.shape[1], Tk)
+            )
             scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=D ** -0.5)
         p = torch.softmax(scores, -1)
         ctx.save_for_backward(q, k, v, p)
@@ -400,7 +414,11 @@ class _Attention(torch.autograd.Function):
         dv = torch.bmm(p.transpose(1, 2), dy)
         ds = torch._softmax_backward_data(torch.bmm(dy, v.transpose(1, 2)), p, -1, torch.float32).mul_(of_q[-1] ** -0.5)
         dq, dk = torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), q)
-        return *(ctx.num._out(d.view(shape), "backward", ctx.where) for d, shape in ((dq, of_q), (dk, of_k), (dv, of_k))), None, None
+        return (
+            *(ctx.num._out(d.view(shape), "backward", ctx.where) for d, shape in ((dq, of_q), (dk, of_k), (dv, of_k))),
+            None,
+            None,
+        )
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -463,6 +481,10 @@ def pick_device(name="auto"):
         n = torch.cuda.device_count()
         if (device.index or 0) >= n:
             raise InputError(f"device {name!r} is not there: torch {torch.__version__} sees {n} CUDA device{'s' * (n != 1)}")
+        # The same run gives the same bits: flash attention's backward pass adds in a fixed order, cuBLAS keeps its workspace.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        warnings.filterwarnings("ignore", message=".*deterministic")
         # By default cuBLAS may add partial sums of a product in 16 bit. Then the accumulator is no longer FP32.
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -480,7 +502,9 @@ def make_scaler(num, init_scale=2.0 ** 16):
 
 def banner(rollout, train, scaler):
     """One line: what is computed in which format, and why."""
-    where = torch.cuda.get_device_name(train.device) if train.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    where = (
+        torch.cuda.get_device_name(train.device) if train.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    )
     how = "FP32 GEMM, result rounded (a CPU's half GEMM is slow)" if train.emulated else \
         "FP32" if train.dtype == torch.float32 else "FP32 on tensor cores, 16-bit reductions off"
     same = "same roundings on both sides" if rollout.fmt == train.fmt else "DIFFERENT roundings on the two sides"

@@ -103,7 +103,9 @@ class Sampler:
             row[:len(p)] = p
         padded = torch.from_numpy(padded).to(device)
         start = torch.tensor(lengths, device=device).repeat_interleave(n)
-        noise = torch.from_numpy(stream(*(seed if isinstance(seed, tuple) else (seed,))).random((max_new_tokens, rows), np.float32))
+        noise = torch.from_numpy(
+            stream(*(seed if isinstance(seed, tuple) else (seed,))).random((max_new_tokens, rows), np.float32)
+        )
         out = Rollout(torch.full((rows, width), self.pad, device=device), torch.zeros(rows, width, device=device), start,
                       start.clone(), torch.zeros(rows, dtype=torch.bool, device=device))
         out.tokens[:, :max(lengths)] = padded.repeat_interleave(n, 0)
@@ -153,8 +155,12 @@ def solve(sampler, task, problems, n, seed, max_new_tokens=None, temperature=1.0
     right, per = [], max(1, rows // n)
     for i in range(0, len(problems), per):
         part = problems[i:i + per]
-        out = sampler.generate([encode(p.prompt) for p in part], n, max_new_tokens or task.answer_length, temperature, (*seed, i))
-        good = [s and task.reward(part[j // n], text) == 1.0 for j, (s, text) in enumerate(zip(out.stopped.tolist(), out.texts()))]
+        out = sampler.generate(
+            [encode(p.prompt) for p in part], n, max_new_tokens or task.answer_length, temperature, (*seed, i)
+        )
+        good = [
+            s and task.reward(part[j // n], text) == 1.0 for j, (s, text) in enumerate(zip(out.stopped.tolist(), out.texts()))
+        ]
         right += [sum(good[j:j + n]) for j in range(0, len(good), n)]
         if progress:
             progress(min(1.0, (i + per) / len(problems)))
@@ -225,21 +231,47 @@ def bench(model, device, prompt_length, new_tokens, sizes=(1, 4, 16, 64, 256, 10
             return float(np.median(times[1:]))                                               # the first one warms up
         first, full = timed(1), timed(new_tokens)
         ms = 1e3 * (full - first) / (new_tokens - 1)
-        row = dict(rows=rows, prefill_ms=round(1e3 * first, 2), ms_per_step=round(ms, 3), tokens_per_s=round(rows * new_tokens / full),
-                   peak_mib=round(peak_memory(device)))
+        row = dict(
+            rows=rows,
+            prefill_ms=round(1e3 * first, 2),
+            ms_per_step=round(ms, 3),
+            tokens_per_s=round(rows * new_tokens / full),
+            peak_mib=round(peak_memory(device)),
+        )
         rows_of.append(row)
         print(f"{rows:5} {row['prefill_ms']:11.2f} {ms:8.3f} {row['tokens_per_s']:9} {row['peak_mib']:9}", flush=True)
-    print(json.dumps(dict(bench="sample", device=str(device), format=model.num.fmt.name, params=model.n_params(), torch=torch.__version__,
-                          threads=torch.get_num_threads(), prompt_length=prompt_length, new_tokens=new_tokens, sizes=rows_of)))
+    print(
+        json.dumps(
+            dict(
+                bench="sample",
+                device=str(device),
+                format=model.num.fmt.name,
+                params=model.n_params(),
+                torch=torch.__version__,
+                threads=torch.get_num_threads(),
+                prompt_length=prompt_length,
+                new_tokens=new_tokens,
+                sizes=rows_of,
+            )
+        )
+    )
 
 
 def main(argv=None):
     p = Parser(prog="sample.py", description="Sample from a model, evaluate it, or time the sampler.", allow_abbrev=False)
     p.add_argument("--model", help="a run's folder or a checkpoint file")
     p.add_argument("--prompt", action="append", default=[], help="what to answer; may be given several times")
-    p.add_argument("--n", type=ranged(int, 1, 65536), default=1, help="answers per prompt (with --eval: tries per problem, default 16)")
-    p.add_argument("--temperature", type=ranged(float, 0, 100), default=1.0, help="divides the logits; 0 takes the likeliest token")
-    p.add_argument("--max-new-tokens", type=ranged(int, 1, 10 ** 6), help="longest answer, stop token included (default: what the task or the context allows)")
+    p.add_argument(
+        "--n", type=ranged(int, 1, 65536), default=1, help="answers per prompt (with --eval: tries per problem, default 16)"
+    )
+    p.add_argument(
+        "--temperature", type=ranged(float, 0, 100), default=1.0, help="divides the logits; 0 takes the likeliest token"
+    )
+    p.add_argument(
+        "--max-new-tokens",
+        type=ranged(int, 1, 10**6),
+        help="longest answer, stop token included (default: what the task or the context allows)",
+    )
     p.add_argument("--precision", default="fp16", help="fp32, tf32, bf16, fp16 or eXmY")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     p.add_argument("--seed", type=ranged(int, 0, 2 ** 63 - 1), default=0, help="the same seed gives the same answers")
@@ -267,12 +299,18 @@ def main(argv=None):
         tokens = encode(prompt)
         room = model.cfg.context - len(tokens)
         if room < 1:
-            raise InputError(f"the prompt has {len(tokens)} tokens, the model's context is {model.cfg.context}: no room for an answer")
+            raise InputError(
+                f"the prompt has {len(tokens)} tokens, the model's context is {model.cfg.context}: no room for an answer"
+            )
         out = Sampler(model).generate([tokens], a.n, a.max_new_tokens or room, a.temperature, a.seed)
         for r, text in enumerate(out.texts()):
             span = slice(len(tokens), int(out.length[r]))
             if a.json:
-                print(json.dumps(dict(prompt=prompt, text=text, tokens=out.tokens[r, span].tolist(), logp=out.logp[r, span].tolist())))
+                print(
+                    json.dumps(
+                        dict(prompt=prompt, text=text, tokens=out.tokens[r, span].tolist(), logp=out.logp[r, span].tolist())
+                    )
+                )
             else:
                 print(f"{prompt}{text}{'' if out.stopped[r] else ' [cut off]'}")
     if a.eval:
@@ -284,10 +322,16 @@ def main(argv=None):
         ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k <= n]
         scores = {k: float(np.mean([pass_at_k(n, c, k) for c in right])) for k in ks}
         if a.json:
-            print(json.dumps({"task": run["task"], "problems": len(problems), "n": n, **{f"pass@{k}": v for k, v in scores.items()}}))
+            print(
+                json.dumps(
+                    {"task": run["task"], "problems": len(problems), "n": n, **{f"pass@{k}": v for k, v in scores.items()}}
+                )
+            )
         else:
-            print(f"{run['task']} with {run['digits']} digits, {len(problems)} problems x {n} tries, temperature {a.temperature:g}: "
-                  + "  ".join(f"pass@{k} {v:.3f}" for k, v in scores.items()))
+            print(
+                f"{run['task']} with {run['digits']} digits, {len(problems)} problems x {n} tries, temperature {a.temperature:g}: "
+                + "  ".join(f"pass@{k} {v:.3f}" for k, v in scores.items())
+            )
     if a.bench:
         context = model.cfg.context
         bench(model, device, context // 4, context - context // 4)

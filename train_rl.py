@@ -80,8 +80,11 @@ class Config:
     steps: int = opt(120, "RL steps", 1, 10 ** 7)
     prompts: int = opt(32, "P, problems a step", 1, 10 ** 5)
     group: int = opt(8, "G, answers per problem; their mean reward is the baseline", 2, 4096)
-    algo: str = opt("dr-grpo", "dr-grpo: A = r - group mean; grpo: also / std, mean over each answer; reinforce: no ratio, no clip",
-                    choices=("dr-grpo", "grpo", "reinforce"))
+    algo: str = opt(
+        "dr-grpo",
+        "dr-grpo: A = r - group mean; grpo: also / std, mean over each answer; reinforce: no ratio, no clip",
+        choices=("dr-grpo", "grpo", "reinforce"),
+    )
     lr: float = opt(5e-4, "peak learning rate", 0.0, 1.0)
     lr_warmup: int = opt(10, "updates of linear rise; Adam's first updates move every weight by the learning rate", 0, 10 ** 6)
     lr_schedule: str = opt("linear", "linear falls to 0 at the last step, constant stays", choices=("linear", "constant"))
@@ -109,12 +112,13 @@ class Config:
     bench: bool = opt(False, "time rollout and training on this job's shapes, and train nothing")
 
 
-GPU = dict(digits=20, noise=0.025, n_layers=8, width=512, n_heads=8, n_kv_heads=4, mlp_width=1408, base_steps=2000, base_batch=256,
-           base_lr=1e-3, base_precision="fp16", pool=1024, tries=40, prompts=64, lr=1e-4, micro_batch=512, rollout_rows=4096)
+GPU = dict(digits=20, noise=0.025, n_layers=8, width=512, n_heads=8, n_kv_heads=4, mlp_width=1408,      # about 25 M parameters
+           base_steps=2000, base_batch=256, base_lr=1e-3, base_precision="fp16", pool=1024, tries=40,
+           prompts=64, lr=1e-4, micro_batch=512, rollout_rows=4096)
 
 # A verdict is given for the test as it stands. These settings may differ: they say how and where it runs, not what it asks.
-FREE = {"preset", "device", "seed", "base_seed", "out", "resume", "precision", "rollout_precision", "train_precision", "init_scale",
-        "algo", "micro_batch", "rollout_rows", "save_every", "sample_every", "plot", "bench"}
+FREE = set("""preset device seed base_seed out resume precision rollout_precision train_precision init_scale algo micro_batch
+              rollout_rows save_every sample_every plot bench""".split())
 
 
 def parse_config(argv=None):
@@ -205,7 +209,9 @@ def collect(sampler, task, problems, cfg, seed):
     """G answers to each problem -> Rollout, texts, rewards (P, G) on the CPU. An answer that was cut off gets 0."""
     rollout = sampler.generate([encode(p.prompt) for p in problems], cfg.group, task.answer_length, cfg.temperature, seed)
     texts = rollout.texts()
-    rewards = [task.reward(problems[i // cfg.group], t) if s else 0.0 for i, (t, s) in enumerate(zip(texts, rollout.stopped.tolist()))]
+    rewards = [
+        task.reward(problems[i // cfg.group], t) if s else 0.0 for i, (t, s) in enumerate(zip(texts, rollout.stopped.tolist()))
+    ]
     for text, r in zip(texts, rewards):
         if not math.isfinite(r):
             raise InputError(f"the task gave the answer {text!r} a reward of {r}")
@@ -311,6 +317,13 @@ class Run:
             except FileExistsError:
                 continue
 
+    def forget_if_empty(self):
+        """A run that failed before its first line leaves no folder behind."""
+        try:
+            self.path.rmdir()
+        except OSError:                                                 # not empty
+            pass
+
     def rewind(self, step):
         """Drop what was written after `step`: a run that was killed has lines of steps that are about to be done again."""
         for path in (self.metrics, self.samples):
@@ -344,9 +357,18 @@ def provenance(cfg, device):
         except (OSError, subprocess.SubprocessError):
             return None                                                 # not a git checkout, or no git
     gpu = device.type == "cuda"
-    return dict(config=dataclasses.asdict(cfg), command=sys.argv, git=ask("git", "rev-parse", "HEAD"), git_dirty=bool(ask("git", "status", "--porcelain")),
-                python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, system=platform.platform(),
-                device=torch.cuda.get_device_name(device) if gpu else platform.processor() or platform.machine(), threads=torch.get_num_threads())
+    return dict(
+        config=dataclasses.asdict(cfg),
+        command=sys.argv,
+        git=ask("git", "rev-parse", "HEAD"),
+        git_dirty=bool(ask("git", "status", "--porcelain")),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        numpy=np.__version__,
+        system=platform.platform(),
+        device=torch.cuda.get_device_name(device) if gpu else platform.processor() or platform.machine(),
+        threads=torch.get_num_threads(),
+    )
 
 
 def perfectible(sampler, task, pool, cfg, say):
@@ -358,13 +380,20 @@ def perfectible(sampler, task, pool, cfg, say):
             shown[0] = share
             spent = time.time() - begin
             say(f"  choosing {share:4.0%}  {clock(spent)} spent, {clock(spent / share * (1 - share))} to go")
-    right = solve(sampler, task, pool, cfg.tries, (cfg.seed, 2), temperature=cfg.temperature, rows=cfg.rollout_rows, progress=progress)
+
+    right = solve(
+        sampler, task, pool, cfg.tries, (cfg.seed, 2), temperature=cfg.temperature, rows=cfg.rollout_rows, progress=progress
+    )
     kept = [p for p, r in zip(pool, right) if cfg.keep_from <= r / cfg.tries <= cfg.keep_to]
-    say(f"perfectible set: kept {len(kept)} of {len(pool)} problems, those right in {cfg.keep_from:.0%} to {cfg.keep_to:.0%} of "
-        f"{cfg.tries} tries (mean over the pool {np.mean(right) / cfg.tries:.3f})")
+    say(
+        f"perfectible set: kept {len(kept)} of {len(pool)} problems, those right in {cfg.keep_from:.0%} to {cfg.keep_to:.0%} of "
+        f"{cfg.tries} tries (mean over the pool {np.mean(right) / cfg.tries:.3f})"
+    )
     if not kept:
-        raise InputError("no problem was kept: the base model solves all or none of them. Change --noise, --digits or --base-steps, "
-                         "or widen --keep-from and --keep-to")
+        raise InputError(
+            "no problem was kept: the base model solves all or none of them. Change --noise, --digits or --base-steps, "
+            "or widen --keep-from and --keep-to"
+        )
     return kept
 
 
@@ -381,28 +410,28 @@ def batch_of(problems, step, cfg):
 
 def diagnose(history):
     """What is off, in plain words, from the metrics of the last steps: a list of (topic, sentence)."""
-    last, found = history[-5:], []
+    last, found = history[-5:], {}
     if len(last) < 5:
-        return found
+        return []
     if all(m["frac_zero_std"] > 0.8 for m in last):
-        why = "nearly everything is solved: done, or time for harder problems (--digits)" if last[-1]["accuracy"] > 0.5 else \
-            "nearly nothing is solved: easier problems (--digits), a better base (--base-steps) or more answers (--group)"
-        found.append(("signal", f"{last[-1]['frac_zero_std']:.0%} of the groups agree on their reward and teach nothing; {why}"))
+        found["signal"] = f"{last[-1]['frac_zero_std']:.0%} of the groups agree on their reward and teach nothing; " + (
+            "nearly everything is solved: done, or time for harder problems (--digits)" if last[-1]["accuracy"] > 0.5 else
+            "nearly nothing is solved: easier problems (--digits), a better base (--base-steps) or more answers (--group)")
     skipped = last[-1]["skipped_steps"] - last[0]["skipped_steps"]
     if skipped >= 3:
-        found.append(("skips", f"the loss scaler skipped {skipped} of the last 4 steps: gradients overflow; a few at the start are normal, "
-                               "else lower --init-scale or --lr"))
+        found["skips"] = (f"the loss scaler skipped {skipped} of the last 4 steps: gradients overflow; a few at the start are "
+                          "normal, else lower --init-scale or --lr")
     if all(m["truncated"] > 0.1 for m in last):
-        found.append(("truncated", f"{last[-1]['truncated']:.0%} of the answers were cut off before their stop token and count as wrong"))
+        found["truncated"] = f"{last[-1]['truncated']:.0%} of the answers were cut off before their stop token and count as wrong"
     if len(history) >= 30:
-        early, late = (np.mean([m["logp_gap_mean"] for m in part]) for part in (history[:10], history[-10:]))
-        middle = np.mean([m["logp_gap_mean"] for m in history[-20:-10]])
+        gap = [m["logp_gap_mean"] for m in history]
+        early, middle, late = np.mean(gap[:10]), np.mean(gap[-20:-10]), np.mean(gap[-10:])
         if late > 3 * early and late > middle > early and late > 1e-3:
-            found.append(("mismatch", f"the mismatch rises: mean gap {early:.1e} at first, {late:.1e} now. In the paper this comes before a "
-                                      "collapse; try --precision fp16 on both sides"))
+            found["mismatch"] = (f"the mismatch rises: mean gap {early:.1e} at first, {late:.1e} now. In the paper this comes before "
+                                 "a collapse; try --precision fp16 on both sides")
     if last[-1]["ratio_outliers"] > 0.05:
-        found.append(("outliers", f"{last[-1]['ratio_outliers']:.1%} of the tokens have pi/mu outside [0.9, 1.1] before any update"))
-    return found
+        found["outliers"] = f"{last[-1]['ratio_outliers']:.1%} of the tokens have pi/mu outside [0.9, 1.1] before any update"
+    return list(found.items())
 
 
 def step_line(m, cfg, eta):
@@ -416,11 +445,10 @@ def say(text):
     print(text, flush=True)
 
 
-def train(cfg, given):
+def train(cfg, given, run):
     device = pick_device(cfg.device)
     task = make_task(cfg.task, cfg.digits, cfg.noise)
     resumed = load_checkpoint(cfg.resume, device) if cfg.resume else None
-    run = Run(cfg.resume) if resumed else Run.new(cfg.out)
     rollout_num, train_num = Numerics(cfg.rollout_precision, device), Numerics(cfg.train_precision, device)
     if rollout_num.fmt == train_num.fmt:
         rollout_num = train_num                                         # literally the same rounded weights
@@ -439,7 +467,9 @@ def train(cfg, given):
 
     def pass_at_1(problems, purpose):
         model.use(rollout_num)
-        right = solve(sampler, task, problems, cfg.eval_tries, (cfg.seed, purpose), temperature=cfg.temperature, rows=cfg.rollout_rows)
+        right = solve(
+            sampler, task, problems, cfg.eval_tries, (cfg.seed, purpose), temperature=cfg.temperature, rows=cfg.rollout_rows
+        )
         return sum(right) / (len(problems) * cfg.eval_tries)
     if resumed:
         problems, heldout = ([Problem(*p) for p in resumed[k]] for k in ("problems", "heldout"))
@@ -451,27 +481,34 @@ def train(cfg, given):
             scaler.load_state_dict(resumed["scaler"]) if scaler.is_enabled() and resumed["scaler"] else None
         except (ValueError, KeyError) as e:
             raise InputError(f"{run.checkpoint} does not fit these settings: {e}") from None
+        torch.set_rng_state(resumed["torch_rng"].cpu())                # nothing here draws from it; what you add may
         run.rewind(start)
         say(f"resumed {run.path} at step {start}")
     else:
         pool = load_problems(cfg.data) if cfg.data else draw_problems(task, cfg.pool, stream(cfg.seed, 4))
         longest = max(len(encode(p.prompt)) for p in pool)
         if longest > task.prompt_length:
-            raise InputError(f"a prompt of {longest} tokens does not fit: {cfg.task} with --digits {cfg.digits} has room for {task.prompt_length}")
+            raise InputError(
+                f"a prompt of {longest} tokens does not fit: {cfg.task} with --digits {cfg.digits} has room for {task.prompt_length}"
+            )
         heldout = draw_problems(task, cfg.heldout, stream(cfg.seed, 5), {p.prompt for p in pool}) if cfg.heldout else []
         problems = perfectible(sampler, task, pool, cfg, say)
         start, updates, skipped = 0, 0, 0
         before = pass_at_1(heldout, 6) if heldout else None
         run.log(run.metrics, provenance(cfg, device))
-    say(f"training on {len(problems)} problems, {cfg.prompts} x {cfg.group} answers a step, {cfg.algo}; everything goes to {run.path}/")
+    say(
+        f"training on {len(problems)} problems, {cfg.prompts} x {cfg.group} answers a step, {cfg.algo}; everything goes to {run.path}/"
+    )
 
     def save(step):
-        save_checkpoint(run.checkpoint, model, config=dataclasses.asdict(cfg), step=step, updates=updates, skipped=skipped, before=before,
-                        optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), torch_rng=torch.get_rng_state(),
-                        problems=[(p.prompt, p.answer) for p in problems], heldout=[(p.prompt, p.answer) for p in heldout])
+        save_checkpoint(run.checkpoint, model, config=dataclasses.asdict(cfg), step=step, updates=updates, skipped=skipped,
+                        before=before, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                        torch_rng=torch.get_rng_state(), problems=[dataclasses.astuple(p) for p in problems],
+                        heldout=[dataclasses.astuple(p) for p in heldout])
+
     if not resumed:
         save(0)
-    stop = []                                                           # a first Ctrl-C ends the step, a second one ends at once
+    stop = []  # a first Ctrl-C ends the step, a second one ends at once
 
     def on_interrupt(*_):
         stop.append(1)
@@ -501,7 +538,7 @@ def train(cfg, given):
         if not (torch.isfinite(mu).all() and torch.isfinite(pi).all()):
             model.use(train_num if torch.isfinite(mu).all() else rollout_num)
             raise broken(run, "log-probs are no longer finite", where_bad())
-        gaps = mismatch(mu, pi, lengths)                                # before the update: this is the mismatch and nothing else
+        gaps = mismatch(mu, pi, lengths)  # before the update: this is the mismatch and nothing else
         lr = learning_rate(cfg, updates)
         norm, skip = apply_gradient(model, optimizer, scaler, cfg, lr)
         updates, skipped = updates + (not skip), skipped + skip
@@ -515,10 +552,11 @@ def train(cfg, given):
         # --- end of the step; everything below is diagnostics
 
         n = len(mu)
-        m = dict(step=step, reward=rewards.mean().item(), accuracy=(rewards == 1).float().mean().item(), tokens=n, length=n / len(lengths),
-                 truncated=1 - rollout.stopped.float().mean().item(), entropy=(entropy.sum() / n).item(),
+        m = dict(step=step, reward=rewards.mean().item(), accuracy=(rewards == 1).float().mean().item(), tokens=n,
+                 length=n / len(lengths), truncated=1 - rollout.stopped.float().mean().item(), entropy=(entropy.sum() / n).item(),
                  frac_zero_std=(rewards.std(1, correction=0) == 0).float().mean().item(), **gaps, loss=loss, grad_norm=norm,
-                 loss_scale=scaler.get_scale(), skipped_steps=skipped, lr=lr, t_rollout=t1 - t0, t_train=t2 - t1, tokens_per_s=n / (t2 - t0))
+                 loss_scale=scaler.get_scale(), skipped_steps=skipped, lr=lr, t_rollout=t1 - t0, t_train=t2 - t1,
+                 tokens_per_s=n / (t2 - t0))
         history.append(m)
         run.log(run.metrics, {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in m.items()})
         say(step_line(m, cfg, (time.time() - begin) / (step - start) * (cfg.steps - step)))
@@ -528,7 +566,8 @@ def train(cfg, given):
                 say(f"  note: {sentence}")
         if step % cfg.sample_every == 0 or step == 1:
             for i in range(0, min(3, len(batch)) * cfg.group, max(1, cfg.group // 2)):
-                run.log(run.samples, dict(step=step, prompt=batch[i // cfg.group].prompt, text=texts[i], right_answer=batch[i // cfg.group].answer,
+                problem = batch[i // cfg.group]
+                run.log(run.samples, dict(step=step, prompt=problem.prompt, text=texts[i], right_answer=problem.answer,
                                           reward=rewards.flatten()[i].item(), stopped=bool(rollout.stopped[i])))
         if step % cfg.save_every == 0 or step == cfg.steps or stop:
             save(step)
@@ -543,24 +582,30 @@ def train(cfg, given):
 
 
 def broken(run, what, where):
-    return InputError(f"stopped: {what}; first seen in {where}. Try --train-precision bf16 or fp32 to see whether range is the matter, a lower "
-                      f"--lr, or a lower --init-scale. The last good checkpoint is {run.checkpoint}")
+    return InputError(
+        f"stopped: {what}; first seen in {where}. Try --train-precision bf16 or fp32 to see whether range is the matter, a lower "
+        f"--lr, or a lower --init-scale. The last good checkpoint is {run.checkpoint}"
+    )
 
 
 def verdict(cfg, run, history, accuracy, before, after, kept):
     """The last lines, and the exit status: 0 for PASS or for a run that gets no verdict, 1 for FAIL."""
     reference = Config(**{**(GPU if cfg.preset == "gpu" else {}), "preset": cfg.preset})
-    changed = [f.name for f in dataclasses.fields(Config) if f.name not in FREE and getattr(cfg, f.name) != getattr(reference, f.name)]
+    changed = [
+        f.name for f in dataclasses.fields(Config) if f.name not in FREE and getattr(cfg, f.name) != getattr(reference, f.name)
+    ]
     if before is not None:
         say(f"held-out problems, pass@1 over {cfg.eval_tries} sampled answers each: {before:.3f} before, {after:.3f} after")
-    say(f"training accuracy, sampled at temperature {cfg.temperature:g}, {cfg.eval_tries} answers to each of the {kept} problems: {accuracy:.3f}")
+    say(
+        f"training accuracy, sampled at temperature {cfg.temperature:g}, {cfg.eval_tries} answers to each of the {kept} problems: {accuracy:.3f}"
+    )
     passed = None if changed else accuracy >= 0.95
     if changed:
         say(f"no verdict: changed from the preset: {', '.join('--' + c.replace('_', '-') for c in changed)}")
     else:
         say(f"{'PASS' if passed else 'FAIL'}: the sanity test asks for 0.950 or more")
-    run.log(run.metrics, dict(result=dict(accuracy=accuracy, heldout_before=before, heldout_after=after, kept=kept, passed=passed, changed=changed,
-                                          seconds=time.time() - STARTED)))
+    run.log(run.metrics, dict(result=dict(accuracy=accuracy, heldout_before=before, heldout_after=after, kept=kept, passed=passed,
+                                          changed=changed, seconds=time.time() - STARTED)))
     return 1 if passed is False else 0
 
 
@@ -579,12 +624,18 @@ def main(argv=None):
         if cfg.bench:
             from experiments.bench import bench
             return bench(cfg)
-        return train(cfg, given)
+        run = Run(cfg.resume) if cfg.resume else Run.new(cfg.out)
+        try:
+            return train(cfg, given, run)
+        finally:
+            run.forget_if_empty()
     except KeyboardInterrupt:
         say("\ninterrupted")
         return 130
     except OSError as e:
-        raise InputError(f"{e.filename or 'a file of the run'}: {e.strerror}; the last checkpoint, if there was one, is untouched") from e
+        raise InputError(
+            f"{e.filename or 'a file of the run'}: {e.strerror}; the last checkpoint, if there was one, is untouched"
+        ) from e
 
 
 if __name__ == "__main__":

@@ -63,7 +63,9 @@ def load_problems(path):
                     raise InputError(f"{path} line {i}: not JSON ({e.msg} at column {e.colno})") from None
                 for key in ("prompt", "answer"):
                     if not isinstance(row, dict) or not isinstance(row.get(key), str):
-                        raise InputError(f'{path} line {i}: no text under "{key}"; a line is {{"prompt": "...", "answer": "..."}}')
+                        raise InputError(
+                            f'{path} line {i}: no text under "{key}"; a line is {{"prompt": "...", "answer": "..."}}'
+                        )
                 if not row["prompt"]:
                     raise InputError(f"{path} line {i}: the prompt is empty")
                 problems.append(Problem(row["prompt"], row["answer"]))

@@ -19,11 +19,15 @@ SHOWN = ("fp32", "tf32", "bf16", "fp16", "e5m2", "e4m3")
 
 def bits_and_range():
     print("Formats: 1 sign bit, the exponent sets the range, the mantissa the resolution\n")
-    print(f"{'name':6} {'exp':>4} {'man':>4} {'largest':>10} {'spacing at 1':>13} {'smallest normal':>16} {'smallest subnormal':>19}  loss scale")
+    print(
+        f"{'name':6} {'exp':>4} {'man':>4} {'largest':>10} {'spacing at 1':>13} {'smallest normal':>16} {'smallest subnormal':>19}  loss scale"
+    )
     for name in SHOWN:
         f = parse_format(name)
         largest = f"{f.max:.5g}" if f.max > 1e5 else f"{f.max:g}"
-        print(f"{name:6} {f.exp:4} {f.man:4} {largest:>10} {f.eps:13.3g} {f.tiny:16.3g} {f.smallest:19.3g}  {'yes' if f.needs_loss_scaling else 'no'}")
+        print(
+            f"{name:6} {f.exp:4} {f.man:4} {largest:>10} {f.eps:13.3g} {f.tiny:16.3g} {f.smallest:19.3g}  {'yes' if f.needs_loss_scaling else 'no'}"
+        )
 
 
 def collect_step(scale):
@@ -40,9 +44,19 @@ def collect_step(scale):
     seen = {"forward": [], "backward": []}
     model.num.spy = lambda where, kind, x: seen[kind].append(x.abs().flatten().clone())
     scaler = make_scaler(Numerics("fp16"), scale)
-    accumulate_gradient(model, rollout, advantages(rewards, cfg.algo).flatten(), dataclasses.replace(cfg, micro_batch=64), scaler, task.answer_length)
-    return {"weights": torch.cat([p.detach().abs().flatten() for p in model.parameters()]), "activations": torch.cat(seen["forward"]),
-            "gradients": torch.cat(seen["backward"])}, trained
+    accumulate_gradient(
+        model,
+        rollout,
+        advantages(rewards, cfg.algo).flatten(),
+        dataclasses.replace(cfg, micro_batch=64),
+        scaler,
+        task.answer_length,
+    )
+    return {
+        "weights": torch.cat([p.detach().abs().flatten() for p in model.parameters()]),
+        "activations": torch.cat(seen["forward"]),
+        "gradients": torch.cat(seen["backward"]),
+    }, trained
 
 
 def where_they_lie():
@@ -50,9 +64,13 @@ def where_they_lie():
     scaled, _ = collect_step(2.0 ** 16)
     kinds = {"weights": plain["weights"], "activations": plain["activations"], "gradients": plain["gradients"],
              "gradients * 2^16": scaled["gradients"]}
-    print(f"\nOne RL step of the default job ({'the cached base model' if trained else 'random weights: no base model in the cache yet'}). Zeros are "
-          "left out.\nlost: rounds to 0 | coarse: subnormal, fewer bits than the format promises | fine | inf: beyond the largest\n")
-    print(f"{'':18} {'smallest':>9} {'median':>9} {'largest':>9}   " + "".join(f"{name:^29}" for name in ("fp16", "bf16", "e4m3")))
+    print(
+        f"\nOne RL step of the default job ({'the cached base model' if trained else 'random weights: no base model in the cache yet'}). Zeros are "
+        "left out.\nlost: rounds to 0 | coarse: subnormal, fewer bits than the format promises | fine | inf: beyond the largest\n"
+    )
+    print(
+        f"{'':18} {'smallest':>9} {'median':>9} {'largest':>9}   " + "".join(f"{name:^29}" for name in ("fp16", "bf16", "e4m3"))
+    )
     print(f"{'':18} {'':9} {'':9} {'':9}   " + f"{'lost  coarse    fine     inf':^29}" * 3)
     for kind, x in kinds.items():
         x = x[x > 0]
@@ -68,10 +86,12 @@ def where_they_lie():
     def reached(kind):
         x = kinds[kind][kinds[kind] > 0]
         return float(((x > fp16.smallest / 2) & (x <= fp16.max)).float().mean())
-    print(f"\nFP16 represents {reached('weights'):.1%} of the weights and {reached('activations'):.1%} of the activations: BF16's three more "
-          f"exponent bits would add nothing there,\nand the three mantissa bits that it lacks are missed in every product. Of the gradients it "
-          f"reaches {reached('gradients'):.1%},\nand {reached('gradients * 2^16'):.1%} once the loss is multiplied by 2^16: that is all that loss "
-          "scaling is.")
+    print(
+        f"\nFP16 represents {reached('weights'):.1%} of the weights and {reached('activations'):.1%} of the activations: BF16's three more "
+        f"exponent bits would add nothing there,\nand the three mantissa bits that it lacks are missed in every product. Of the gradients it "
+        f"reaches {reached('gradients'):.1%},\nand {reached('gradients * 2^16'):.1%} once the loss is multiplied by 2^16: that is all that loss "
+        "scaling is."
+    )
 
 
 def main():

@@ -16,7 +16,11 @@ from train_rl import accumulate_gradient, apply_gradient, say
 def gemm_peak(device, num):
     """FLOP/s of this machine's own matrix product in the dtype of `num`: the best of a few sizes, each the median of 3."""
     best, sync = 0.0, torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for m, k, n in ((1024, 1024, 1024), (2048, 1024, 1024), (4096, 512, 512)) if device.type == "cpu" else ((8192, 8192, 8192), (16384, 4096, 4096)):
+    for m, k, n in (
+        ((1024, 1024, 1024), (2048, 1024, 1024), (4096, 512, 512))
+        if device.type == "cpu"
+        else ((8192, 8192, 8192), (16384, 4096, 4096))
+    ):
         a, b = torch.randn(m, k, device=device, dtype=num.dtype), torch.randn(k, n, device=device, dtype=num.dtype)
         times = []
         for _ in range(4):
@@ -40,16 +44,24 @@ def bench(cfg):
     nums = {f: Numerics(f, device).hold(model.parameters()) for f in formats}
     prompts = [encode(task.problem(stream(0, i)).prompt) for i in range(cfg.prompts)]
     prompt = sum(map(len, prompts)) / cfg.prompts
-    sampler, scaler, optimizer = Sampler(model, stop=-1), make_scaler(nums[formats[-1]]), torch.optim.AdamW(model.parameters(), fused=True)
+    sampler, scaler, optimizer = (
+        Sampler(model, stop=-1),
+        make_scaler(nums[formats[-1]]),
+        torch.optim.AdamW(model.parameters(), fused=True),
+    )
     advantage = torch.where(torch.arange(rows, device=device) % 2 == 0, 0.5, -0.5)
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     # model FLOPs of real tokens: each prompt prefilled once, each new token but the last decoded; then forward and backward
-    work_rollout = model.flops(cfg.prompts * prompt, prompt / 2, cfg.prompts) + model.flops(rows * (new - 1), prompt + new / 2, rows * (new - 1))
+    work_rollout = model.flops(cfg.prompts * prompt, prompt / 2, cfg.prompts) + model.flops(
+        rows * (new - 1), prompt + new / 2, rows * (new - 1)
+    )
     work_train = 3 * model.flops(rows * (prompt + new - 1), (prompt + new) / 2, rows * new)
     times = {f: [] for f in formats}
     peaks = []
-    say(f"{model.n_params() / 1e6:.2f} M parameters, {cfg.prompts} x {cfg.group} answers of {new} tokens behind prompts of {prompt:g}; "
-        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; {'the median of 5 turns'}")
+    say(
+        f"{model.n_params() / 1e6:.2f} M parameters, {cfg.prompts} x {cfg.group} answers of {new} tokens behind prompts of {prompt:g}; "
+        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; {'the median of 5 turns'}"
+    )
     for turn in range(6):
         for f in formats:
             peaks.append(gemm_peak(device, nums[formats[-1]]))
@@ -67,14 +79,40 @@ def bench(cfg):
     report, peak = {}, float(np.median(peaks[1:]))
     for f in formats:
         r, t = (float(np.median([x[i] for x in times[f][1:]])) for i in (0, 1))
-        report[f] = dict(rollout_s=r, train_s=t, rollout_tokens_per_s=rows * new / r, step_tokens_per_s=rows * new / (r + t), gemm_peak=peak,
-                         rollout_share=work_rollout / r / peak, train_share=work_train / t / peak, step_share=(work_rollout + work_train) / (r + t) / peak)
+        report[f] = dict(
+            rollout_s=r,
+            train_s=t,
+            rollout_tokens_per_s=rows * new / r,
+            step_tokens_per_s=rows * new / (r + t),
+            gemm_peak=peak,
+            rollout_share=work_rollout / r / peak,
+            train_share=work_train / t / peak,
+            step_share=(work_rollout + work_train) / (r + t) / peak,
+        )
         b = report[f]
-        say(f"{f:>5}: rollout {r:.3f} s ({b['rollout_tokens_per_s']:.0f} tokens/s, {b['rollout_share']:.0%} of peak), training {t:.3f} s "
+        say(
+            f"{f:>5}: rollout {r:.3f} s ({b['rollout_tokens_per_s']:.0f} tokens/s, {b['rollout_share']:.0%} of peak), training {t:.3f} s "
             f"({b['train_share']:.0%}), step {r + t:.3f} s ({b['step_tokens_per_s']:.0f} tokens/s, {b['step_share']:.0%} of this machine's "
-            f"{peak / 1e9:.0f} GFLOP/s GEMM)")
+            f"{peak / 1e9:.0f} GFLOP/s GEMM)"
+        )
     ratio = float(np.median([sum(x) / sum(y) for x, y in zip(times[formats[-1]][1:], times[formats[0]][1:])]))
-    say(f"{formats[-1]} / {formats[0]} step time: {ratio:.2f} (median of paired turns); peak memory {peak_memory(device):.0f} MiB")
-    print(json.dumps(dict(bench="train_rl", device=str(device), threads=torch.get_num_threads(), torch=torch.__version__, params=model.n_params(),
-                          rows=rows, prompt=prompt, new_tokens=new, ratio=ratio, formats=report)))
+    say(
+        f"{formats[-1]} / {formats[0]} step time: {ratio:.2f} (median of paired turns); peak memory {peak_memory(device):.0f} MiB"
+    )
+    print(
+        json.dumps(
+            dict(
+                bench="train_rl",
+                device=str(device),
+                threads=torch.get_num_threads(),
+                torch=torch.__version__,
+                params=model.n_params(),
+                rows=rows,
+                prompt=prompt,
+                new_tokens=new,
+                ratio=ratio,
+                formats=report,
+            )
+        )
+    )
     return 0

@@ -48,4 +48,8 @@ def draw(folder, history, formats):
 if __name__ == "__main__":
     rows = [json.loads(line) for line in (pathlib.Path(sys.argv[1]) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     cfg = rows[0]["config"]
-    print(draw(sys.argv[1], [r for r in rows if "step" in r], f"rollout {cfg['rollout_precision']}, train {cfg['train_precision']}"))
+    print(
+        draw(
+            sys.argv[1], [r for r in rows if "step" in r], f"rollout {cfg['rollout_precision']}, train {cfg['train_precision']}"
+        )
+    )

@@ -29,16 +29,28 @@ def run_seed(seed, folder, flags):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     if "result" not in rows[-1]:
         raise SystemExit(f"seed {seed} did not finish (exit status {done.returncode}): {done.stdout[-500:]}")
-    record = dict(seed=seed, exit_status=done.returncode, cold_seconds=wall, **rows[-1]["result"], about={k: v for k, v in rows[0].items() if k != "config"},
-                  accuracy_curve=[r["accuracy"] for r in rows if "step" in r], kl_k3=[r["kl_k3"] for r in rows if "step" in r],
-                  skipped_steps=[r["skipped_steps"] for r in rows if "step" in r][-1])
+    record = dict(
+        seed=seed,
+        exit_status=done.returncode,
+        cold_seconds=wall,
+        **rows[-1]["result"],
+        about={k: v for k, v in rows[0].items() if k != "config"},
+        accuracy_curve=[r["accuracy"] for r in rows if "step" in r],
+        kl_k3=[r["kl_k3"] for r in rows if "step" in r],
+        skipped_steps=[r["skipped_steps"] for r in rows if "step" in r][-1],
+    )
     (folder / "record.json").write_text(json.dumps(record), encoding="utf-8")
     return record
 
 
 def spread(x):
     x = np.array(x, dtype=float)
-    return dict(mean=round(x.mean(), 4), sd=round(x.std(ddof=1), 4) if len(x) > 1 else None, min=round(x.min(), 4), max=round(x.max(), 4))
+    return dict(
+        mean=round(x.mean(), 4),
+        sd=round(x.std(ddof=1), 4) if len(x) > 1 else None,
+        min=round(x.min(), 4),
+        max=round(x.max(), 4),
+    )
 
 
 def main():
@@ -57,15 +69,26 @@ def main():
         else:
             records.append(run_seed(seed, folder, args))
         r, spent = records[-1], time.time() - begin
-        print(f"seed {seed}: training accuracy {r['accuracy']:.3f}, held-out {r['heldout_before']:.3f} -> {r['heldout_after']:.3f}, "
-              f"{'PASS' if r['passed'] else 'no PASS'}, {r['cold_seconds']:.0f} s cold; {spent / (seed + 1) * (n - seed - 1) / 60:.0f} min to go", flush=True)
-    summary = dict(seeds=n, passed=sum(r["passed"] is True for r in records), rule="PASS is training accuracy >= 0.95, sampled over the whole kept set; "
-                   "the seeds are 0 to N-1, all reported", **{k: spread([r[k] for r in records])
-                                                               for k in ("accuracy", "heldout_before", "heldout_after", "kept", "cold_seconds")})
+        print(
+            f"seed {seed}: training accuracy {r['accuracy']:.3f}, held-out {r['heldout_before']:.3f} -> {r['heldout_after']:.3f}, "
+            f"{'PASS' if r['passed'] else 'no PASS'}, {r['cold_seconds']:.0f} s cold; {spent / (seed + 1) * (n - seed - 1) / 60:.0f} min to go",
+            flush=True,
+        )
+    summary = dict(
+        seeds=n,
+        passed=sum(r["passed"] is True for r in records),
+        rule="PASS is training accuracy >= 0.95, sampled over the whole kept set; the seeds are 0 to N-1, all reported",
+        **{k: spread([r[k] for r in records]) for k in ("accuracy", "heldout_before", "heldout_after", "kept", "cold_seconds")},
+    )
     print(json.dumps(summary, indent=1))
     out = ROOT / "results" / f"seeds-{name}.json"
-    out.write_text(json.dumps(dict(command=f"python -m experiments.seeds --seeds {n} {' '.join(args)}".strip(), summary=summary, runs=records), indent=1),
-                   encoding="utf-8")
+    out.write_text(
+        json.dumps(
+            dict(command=f"python -m experiments.seeds --seeds {n} {' '.join(args)}".strip(), summary=summary, runs=records),
+            indent=1,
+        ),
+        encoding="utf-8",
+    )
     draw(records, out.with_suffix(".png"), name)
 
 

@@ -19,8 +19,10 @@ from precision import InputError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # One digit, one layer: a base in a few seconds, and RL that learns
-SMALL = ("--digits 1 --noise 0.3 --n-layers 2 --width 64 --mlp-width 192 --base-steps 300 --base-batch 64 --base-lr 4e-3 --pool 70 --heldout 10 "
-         "--steps 6 --prompts 16 --save-every 2 --no-plot --device cpu").split()
+SMALL = (
+    "--digits 1 --noise 0.3 --n-layers 2 --width 64 --mlp-width 192 --base-steps 300 --base-batch 64 --base-lr 4e-3 --pool 70 --heldout 10 "
+    "--steps 6 --prompts 16 --save-every 2 --no-plot --device cpu"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +59,33 @@ def test_a_short_run_learns(home):
     assert code == 0 and err == "", err
     first, *steps, last = rows(home / "learns" / "metrics.jsonl")
     assert first["config"]["digits"] == 1 and first["torch"] == torch.__version__ and "git" in first
-    want = {"step", "reward", "accuracy", "tokens", "length", "truncated", "entropy", "frac_zero_std", "logp_gap_mean", "logp_gap_p99", "logp_gap_max",
-            "prob_gap_mean", "kl_k1", "kl_k3", "seq_kl", "ratio_outliers", "exact_share", "loss", "grad_norm", "loss_scale", "skipped_steps", "lr",
-            "t_rollout", "t_train", "tokens_per_s"}
+    want = {
+        "step",
+        "reward",
+        "accuracy",
+        "tokens",
+        "length",
+        "truncated",
+        "entropy",
+        "frac_zero_std",
+        "logp_gap_mean",
+        "logp_gap_p99",
+        "logp_gap_max",
+        "prob_gap_mean",
+        "kl_k1",
+        "kl_k3",
+        "seq_kl",
+        "ratio_outliers",
+        "exact_share",
+        "loss",
+        "grad_norm",
+        "loss_scale",
+        "skipped_steps",
+        "lr",
+        "t_rollout",
+        "t_train",
+        "tokens_per_s",
+    }
     assert [r["step"] for r in steps] == list(range(1, 26)) and all(set(r) == want for r in steps)
     early, late = (sum(r["accuracy"] for r in part) / 5 for part in (steps[:5], steps[-5:]))
     assert late > early + 0.1 and last["result"]["accuracy"] > 0.85, (early, late, last)
@@ -100,7 +126,10 @@ def test_resume_is_bit_for_bit(home, precision):
     a, b = (load_checkpoint(x)["optimizer"]["state"] for x in (parts, whole))
     assert all(torch.equal(a[i][k], b[i][k]) for i in a for k in a[i])
     timing = {"t_rollout", "t_train", "tokens_per_s"}
-    a, b = ([{k: v for k, v in r.items() if k not in timing} for r in rows(x / "metrics.jsonl") if "step" in r] for x in (parts, whole))
+    a, b = (
+        [{k: v for k, v in r.items() if k not in timing} for r in rows(x / "metrics.jsonl") if "step" in r]
+        for x in (parts, whole)
+    )
     assert a == b
 
 
@@ -156,10 +185,12 @@ def test_overflow_stops_the_run_with_the_layer_and_a_safe_checkpoint(home):
     err = refuse(home, *SMALL, "--precision", "fp16", "--train-precision", "e3m6", "--out", "overflow")
     assert "log-probs are no longer finite" in err and re.search(r"pass of blocks\.\d", err) and "e3m6 ends at 15.9" in err
     done = [r["step"] for r in rows(home / "overflow" / "metrics.jsonl") if "step" in r]
-    assert load_checkpoint(home / "overflow")["step"] == len(done) // 2 * 2           # saved every second step, the last one too
+    assert load_checkpoint(home / "overflow")["step"] == len(done) // 2 * 2  # saved every second step, the last one too
 
 
-@pytest.mark.parametrize("precision, words", [("fp16", "the loss scale fell below 1"), ("bf16", "gradients are no longer finite")])
+@pytest.mark.parametrize(
+    "precision, words", [("fp16", "the loss scale fell below 1"), ("bf16", "gradients are no longer finite")]
+)
 def test_endless_nan_is_an_error(home, monkeypatch, precision, words):
     """A loss that is NaN however small its scale: the scaler halves and halves, and then the run says so. Without a scaler the
     first such gradient ends the run, before it reaches a weight."""

@@ -322,7 +322,11 @@ def test_the_sampled_kl_estimators_agree_with_the_exact_kl():
     g = torch.Generator().manual_seed(0)
     mu, pi = torch.randn(2, 50, generator=g).double().log_softmax(-1)
     copies = (mu.exp() * 4e6).round().long()
-    m = mismatch(torch.repeat_interleave(mu, copies), torch.repeat_interleave(pi, copies), torch.ones(int(copies.sum()), dtype=torch.long))
+    m = mismatch(
+        torch.repeat_interleave(mu, copies),
+        torch.repeat_interleave(pi, copies),
+        torch.ones(int(copies.sum()), dtype=torch.long),
+    )
     exact = float((mu.exp() * (mu - pi)).sum())
     assert m["kl_k1"] == pytest.approx(exact, rel=1e-4) and m["kl_k3"] == pytest.approx(exact, rel=1e-4)
 

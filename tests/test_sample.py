@@ -116,7 +116,7 @@ def test_recorded_logprobs_are_the_teacher_forced_ones(fmt, temperature, device)
     assert stops == out.stopped.sum() > 10 and (~out.stopped).sum() > 2
     gap = (out.logp[where] - logp).abs()
     assert gap.mean() < BOUND[fmt] and gap.max() < 40 * BOUND[fmt], (gap.mean(), gap.max())
-    assert gap[out.tokens[where] == sampler.stop].mean() < 2 * BOUND[fmt]                    # at the stop token like anywhere else
+    assert gap[out.tokens[where] == sampler.stop].mean() < 2 * BOUND[fmt]  # at the stop token like anywhere else
     assert mismatch(out.logp[where], logp, out.length - out.prompt_length)["ratio_outliers"] == 0
 
 
@@ -192,7 +192,9 @@ def run_folder(tmp_path):
 
 
 def test_json_output(run_folder, capsys):
-    sample.main(["--model", run_folder, "--prompt", "187+737=", "--prompt", "1+1=", "--n", "3", "--json", "--max-new-tokens", "7"])
+    sample.main(
+        ["--model", run_folder, "--prompt", "187+737=", "--prompt", "1+1=", "--n", "3", "--json", "--max-new-tokens", "7"]
+    )
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(rows) == 6 and [r["prompt"] for r in rows] == ["187+737="] * 3 + ["1+1="] * 3
     for r in rows:
@@ -214,16 +216,27 @@ def test_bench_ends_in_one_json_line(run_folder, capsys, monkeypatch):
     assert [r["rows"] for r in report["sizes"]] == [1, 3] and report["format"] == "fp16"
 
 
-@pytest.mark.parametrize("flags, words", [(["--prompt", "x" * 50], "no room for an answer"), ([], "nothing to do"), (["--prompt", ""], "empty"),
-                                          (["--prompt", "x", "--precision", "fp61"], "did you mean fp16"),
-                                          (["--prompt", "x", "--device", "cuda:7"], "is not there")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--prompt", "x" * 50], "no room for an answer"),
+        ([], "nothing to do"),
+        (["--prompt", ""], "empty"),
+        (["--prompt", "x", "--precision", "fp61"], "did you mean fp16"),
+        (["--prompt", "x", "--device", "cuda:7"], "is not there"),
+    ],
+)
 def test_bad_requests_are_one_line(run_folder, flags, words):
     with pytest.raises(InputError, match=words):
         sample.main(["--model", run_folder, *flags])
 
 
 def test_bad_flags_exit_with_status_2(capsys):
-    for flags, words in ((["--promt", "x"], "did you mean --prompt"), (["--n", "0"], "out of range"), (["--n", "x"], "not a whole number")):
+    for flags, words in (
+        (["--promt", "x"], "did you mean --prompt"),
+        (["--n", "0"], "out of range"),
+        (["--n", "x"], "not a whole number"),
+    ):
         with pytest.raises(SystemExit) as e:
             sample.main(flags)
         err = capsys.readouterr().err

@@ -18,18 +18,24 @@ from train_rl import (Config, accumulate_gradient, advantages, apply_gradient, b
 
 def test_advantages_worked_by_hand():
     r = torch.tensor([[1.0, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
-    assert torch.allclose(advantages(r, "dr-grpo"), torch.tensor([[0.5, 0.5, -0.5, -0.5], [0, 0, 0, 0], [0.75, -0.25, -0.25, -0.25]]))
+    assert torch.allclose(
+        advantages(r, "dr-grpo"), torch.tensor([[0.5, 0.5, -0.5, -0.5], [0, 0, 0, 0], [0.75, -0.25, -0.25, -0.25]])
+    )
     s = math.sqrt(3) / 4                                                        # population std of 1, 0, 0, 0
     want = torch.tensor([[1, 1, -1, -1], [0, 0, 0, 0], [0.75 / s, -0.25 / s, -0.25 / s, -0.25 / s]])
     assert torch.allclose(advantages(r, "grpo"), want, atol=1e-5)
     assert torch.allclose(advantages(r, "reinforce"), r - 7 / 12)
 
 
-@pytest.mark.parametrize("ratio, a, want", [(1.0, 2.0, -2.0), (1.5, 1.0, -1.2), (0.5, 1.0, -0.5), (0.5, -1.0, 0.8), (1.5, -1.0, 1.5)])
+@pytest.mark.parametrize(
+    "ratio, a, want", [(1.0, 2.0, -2.0), (1.5, 1.0, -1.2), (0.5, 1.0, -0.5), (0.5, -1.0, 0.8), (1.5, -1.0, 1.5)]
+)
 def test_clipped_loss_worked_by_hand(ratio, a, want):
     """Clip 0.2: a gain is capped at ratio 1.2, a loss never; and the other way round below 0.8."""
     logp = torch.tensor([math.log(ratio) - 3.0])
-    assert policy_loss(logp, torch.tensor([-3.0]), torch.tensor([a]), "dr-grpo", 0.2, 0.2).item() == pytest.approx(want, rel=1e-5)
+    assert policy_loss(logp, torch.tensor([-3.0]), torch.tensor([a]), "dr-grpo", 0.2, 0.2).item() == pytest.approx(
+        want, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("algo", ["dr-grpo", "grpo", "reinforce"])
@@ -55,7 +61,19 @@ def test_token_weights():
 
 def test_learning_rate_rises_then_falls_to_zero():
     cfg = Config(steps=10, lr=1.0, lr_warmup=2)
-    assert [round(learning_rate(cfg, u), 6) for u in range(11)] == [0.333333, 0.666667, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0]
+    assert [round(learning_rate(cfg, u), 6) for u in range(11)] == [
+        0.333333,
+        0.666667,
+        0.8,
+        0.7,
+        0.6,
+        0.5,
+        0.4,
+        0.3,
+        0.2,
+        0.1,
+        0.0,
+    ]
     constant = dataclasses.replace(cfg, lr_schedule="constant")
     assert learning_rate(constant, 9) == 1.0
 
@@ -95,7 +113,9 @@ def test_micro_batches_and_skipped_groups_leave_the_gradient_alone(algo):
         cfg = dataclasses.replace(CFG, micro_batch=size, algo=algo)
         total, logp_train, entropy = accumulate_gradient(model, out, a, cfg, make_scaler(model.num), 20)
         assert total == pytest.approx(loss.item(), abs=1e-6)
-        assert torch.allclose(logp_train[where], logp.detach(), atol=1e-5) and (logp_train[~where] == 0).all()   # all rows measured
+        assert (
+            torch.allclose(logp_train[where], logp.detach(), atol=1e-5) and (logp_train[~where] == 0).all()
+        )  # all rows measured
         assert (entropy[where] > 0).all()
         for n, g in gradients(model).items():
             assert torch.allclose(g, want[n], atol=1e-6 + 1e-4 * float(want[n].abs().max())), n
@@ -182,7 +202,10 @@ def test_the_first_bad_layer_is_named():
 
 
 def metrics(**kw):
-    return {**dict(frac_zero_std=0.1, accuracy=0.5, skipped_steps=0, truncated=0.0, logp_gap_mean=1e-4, ratio_outliers=0.0), **kw}
+    return {
+        **dict(frac_zero_std=0.1, accuracy=0.5, skipped_steps=0, truncated=0.0, logp_gap_mean=1e-4, ratio_outliers=0.0),
+        **kw,
+    }
 
 
 def test_diagnosis():
@@ -250,8 +273,13 @@ def test_problem_files(tmp_path):
     f = tmp_path / "p.jsonl"
     f.write_text('{"prompt": "1+1=", "answer": "2"}\n\n{"prompt": "é=", "answer": "x", "more": 1}\n', encoding="utf-8")
     assert load_problems(f) == [Problem("1+1=", "2"), Problem("é=", "x")]
-    for line, words in (('{"prompt": "a"', "line 2: not JSON"), ('{"prompt": "a"}', 'line 2: no text under "answer"'), ("[1]", "line 2: no text"),
-                        ('{"prompt": "", "answer": "a"}', "line 2: the prompt is empty"), ('{"prompt": 3, "answer": "a"}', "line 2")):
+    for line, words in (
+        ('{"prompt": "a"', "line 2: not JSON"),
+        ('{"prompt": "a"}', 'line 2: no text under "answer"'),
+        ("[1]", "line 2: no text"),
+        ('{"prompt": "", "answer": "a"}', "line 2: the prompt is empty"),
+        ('{"prompt": 3, "answer": "a"}', "line 2"),
+    ):
         f.write_text('{"prompt": "1+1=", "answer": "2"}\n' + line + "\n")
         with pytest.raises(InputError, match=words):
             load_problems(f)
@@ -276,18 +304,37 @@ def test_every_field_is_a_flag_with_help(capsys):
     assert (cfg.rollout_precision, cfg.train_precision, cfg.preset) == ("bf16", "fp32", "cpu")
     assert set(given) == {"device", "precision", "train_precision"}
     assert parse_config(["--device", "cpu", "--preset", "gpu", "--digits", "9"])[0].width == 512
-    assert set(train_rl.GPU) <= {f.name for f in dataclasses.fields(Config)} and train_rl.FREE <= {f.name for f in dataclasses.fields(Config)}
+    assert set(train_rl.GPU) <= {f.name for f in dataclasses.fields(Config)} and train_rl.FREE <= {
+        f.name for f in dataclasses.fields(Config)
+    }
 
 
-@pytest.mark.parametrize("flags, words", [(["--precision", "e0m3"], "makes no sense"), (["--keep-from", "0.9"], "no problem can be kept"),
-                                          (["--n-heads", "3"], "multiple"), (["--n-kv-heads", "3"], "multiple"), (["--device", "cuda:9"], "not there")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--precision", "e0m3"], "makes no sense"),
+        (["--keep-from", "0.9"], "no problem can be kept"),
+        (["--n-heads", "3"], "multiple"),
+        (["--n-kv-heads", "3"], "multiple"),
+        (["--device", "cuda:9"], "not there"),
+    ],
+)
 def test_settings_that_cannot_work(flags, words):
     with pytest.raises(InputError, match=words):
         parse_config(flags)
 
 
-@pytest.mark.parametrize("flags, words", [(["--stepz", "3"], "did you mean --steps"), (["--steps", "0"], "out of range"), (["--lr", "fast"], "not a number"),
-                                          (["--steps", "1.5"], "not a whole number"), (["--lr", "nan"], "out of range"), (["--algo", "ppo"], "invalid choice")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--stepz", "3"], "did you mean --steps"),
+        (["--steps", "0"], "out of range"),
+        (["--lr", "fast"], "not a number"),
+        (["--steps", "1.5"], "not a whole number"),
+        (["--lr", "nan"], "out of range"),
+        (["--algo", "ppo"], "invalid choice"),
+    ],
+)
 def test_bad_flags_are_one_line(flags, words, capsys):
     with pytest.raises(SystemExit) as e:
         parse_config(flags)
