@@ -22,12 +22,12 @@ from precision import InputError, Numerics
 @dataclass(frozen=True)
 class GPTConfig:
     vocab_size: int
-    n_layers: int = 2
-    width: int = 192
+    n_layers: int = 4
+    width: int = 128
     n_heads: int = 4
     n_kv_heads: int = 2            # fewer than n_heads: query heads share keys and values, and the cache shrinks
     head_dim: int = 0              # 0: width / n_heads (Qwen3 sets it apart)
-    mlp_width: int = 512
+    mlp_width: int = 384
     context: int = 64              # the longest sequence, prompt and answer together
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6

@@ -216,20 +216,21 @@ def bench(model, device, prompt_length, new_tokens, sizes=(1, 4, 16, 64, 256, 10
     """Prefill and decode speed over batch sizes. No row stops early, so that every size does the same work a row."""
     sampler, rows_of = Sampler(model, stop=-1), []
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def timed(prompts, new):
+        times = []
+        for _ in range(6):
+            sync()
+            begin = time.perf_counter()
+            sampler.generate(prompts, max_new_tokens=new)
+            sync()
+            times.append(time.perf_counter() - begin)
+        return float(np.median(times[1:]))                                                   # the first one warms up
     print(f"{'rows':>5} {'prefill ms':>11} {'ms/step':>8} {'tokens/s':>9} {'peak MiB':>9}   median of 5")
     for rows in sizes:
         prompts = np.random.default_rng(0).integers(0, 256, (rows, prompt_length)).tolist()
 
-        def timed(new):
-            times = []
-            for _ in range(6):
-                sync()
-                begin = time.perf_counter()
-                sampler.generate(prompts, max_new_tokens=new)
-                sync()
-                times.append(time.perf_counter() - begin)
-            return float(np.median(times[1:]))                                               # the first one warms up
-        first, full = timed(1), timed(new_tokens)
+        first, full = timed(prompts, 1), timed(prompts, new_tokens)
         ms = 1e3 * (full - first) / (new_tokens - 1)
         row = dict(
             rows=rows,
@@ -329,7 +330,8 @@ def main(argv=None):
             )
         else:
             print(
-                f"{run['task']} with {run['digits']} digits, {len(problems)} problems x {n} tries, temperature {a.temperature:g}: "
+                f"{run['task']} with {run['digits']} digits, {len(problems)} problems x {n} tries, "
+                f"temperature {a.temperature:g}: "
                 + "  ".join(f"pass@{k} {v:.3f}" for k, v in scores.items())
             )
     if a.bench:

@@ -61,11 +61,11 @@ class Config:
     noise: float = opt(0.15, "how often the base model's demonstrator gets a column wrong", 0.0, 0.9)
     data: str = opt("", "JSON Lines file of problems to train on in place of drawn ones")
     # the base model
-    n_layers: int = opt(2, "transformer blocks", 1, 200)
-    width: int = opt(192, "width of the residual stream", 8, 16384)
+    n_layers: int = opt(4, "transformer blocks", 1, 200)
+    width: int = opt(128, "width of the residual stream", 8, 16384)
     n_heads: int = opt(4, "query heads", 1, 256)
     n_kv_heads: int = opt(2, "key/value heads, a divisor of n_heads", 1, 256)
-    mlp_width: int = opt(512, "hidden width of SwiGLU", 8, 65536)
+    mlp_width: int = opt(384, "hidden width of SwiGLU", 8, 65536)
     base_steps: int = opt(400, "imitation steps", 1, 10 ** 6)
     base_batch: int = opt(32, "demonstrations a step", 1, 10 ** 5)
     base_lr: float = opt(2e-3, "peak learning rate of imitation", 0.0, 1.0)
@@ -77,16 +77,16 @@ class Config:
     keep_from: float = opt(0.2, "keep problems solved at least this often", 0.0, 1.0)
     keep_to: float = opt(0.8, "... and at most this often", 0.0, 1.0)
     # RL
-    steps: int = opt(120, "RL steps", 1, 10 ** 7)
-    prompts: int = opt(32, "P, problems a step", 1, 10 ** 5)
+    steps: int = opt(80, "RL steps", 1, 10 ** 7)
+    prompts: int = opt(64, "P, problems a step", 1, 10 ** 5)
     group: int = opt(8, "G, answers per problem; their mean reward is the baseline", 2, 4096)
     algo: str = opt(
         "dr-grpo",
         "dr-grpo: A = r - group mean; grpo: also / std, mean over each answer; reinforce: no ratio, no clip",
         choices=("dr-grpo", "grpo", "reinforce"),
     )
-    lr: float = opt(5e-4, "peak learning rate", 0.0, 1.0)
-    lr_warmup: int = opt(10, "updates of linear rise; Adam's first updates move every weight by the learning rate", 0, 10 ** 6)
+    lr: float = opt(6e-4, "peak learning rate", 0.0, 1.0)
+    lr_warmup: int = opt(6, "updates of linear rise; Adam's first updates move every weight by the learning rate", 0, 10 ** 6)
     lr_schedule: str = opt("linear", "linear falls to 0 at the last step, constant stays", choices=("linear", "constant"))
     clip_low: float = opt(0.2, "the ratio pi/mu counts down to 1 - this", 0.0, 1.0)
     clip_high: float = opt(0.2, "... and up to 1 + this", 0.0, 100.0)
@@ -114,7 +114,7 @@ class Config:
 
 GPU = dict(digits=20, noise=0.025, n_layers=8, width=512, n_heads=8, n_kv_heads=4, mlp_width=1408,      # about 25 M parameters
            base_steps=2000, base_batch=256, base_lr=1e-3, base_precision="fp16", pool=1024, tries=40,
-           prompts=64, lr=1e-4, micro_batch=512, rollout_rows=4096)
+           lr=1e-4, micro_batch=512, rollout_rows=4096)
 
 # A verdict is given for the test as it stands. These settings may differ: they say how and where it runs, not what it asks.
 FREE = set("""preset device seed base_seed out resume precision rollout_precision train_precision init_scale algo micro_batch
@@ -386,8 +386,8 @@ def perfectible(sampler, task, pool, cfg, say):
     )
     kept = [p for p, r in zip(pool, right) if cfg.keep_from <= r / cfg.tries <= cfg.keep_to]
     say(
-        f"perfectible set: kept {len(kept)} of {len(pool)} problems, those right in {cfg.keep_from:.0%} to {cfg.keep_to:.0%} of "
-        f"{cfg.tries} tries (mean over the pool {np.mean(right) / cfg.tries:.3f})"
+        f"perfectible set: kept {len(kept)} of {len(pool)} problems, those right in {cfg.keep_from:.0%} to {cfg.keep_to:.0%} "
+        f"of {cfg.tries} tries (mean over the pool {np.mean(right) / cfg.tries:.3f})"
     )
     if not kept:
         raise InputError(
@@ -427,8 +427,8 @@ def diagnose(history):
         gap = [m["logp_gap_mean"] for m in history]
         early, middle, late = np.mean(gap[:10]), np.mean(gap[-20:-10]), np.mean(gap[-10:])
         if late > 3 * early and late > middle > early and late > 1e-3:
-            found["mismatch"] = (f"the mismatch rises: mean gap {early:.1e} at first, {late:.1e} now. In the paper this comes before "
-                                 "a collapse; try --precision fp16 on both sides")
+            found["mismatch"] = (f"the mismatch rises: mean gap {early:.1e} at first, {late:.1e} now. In the paper this comes "
+                                 "before a collapse; try --precision fp16 on both sides")
     if last[-1]["ratio_outliers"] > 0.05:
         found["outliers"] = f"{last[-1]['ratio_outliers']:.1%} of the tokens have pi/mu outside [0.9, 1.1] before any update"
     return list(found.items())
@@ -489,7 +489,8 @@ def train(cfg, given, run):
         longest = max(len(encode(p.prompt)) for p in pool)
         if longest > task.prompt_length:
             raise InputError(
-                f"a prompt of {longest} tokens does not fit: {cfg.task} with --digits {cfg.digits} has room for {task.prompt_length}"
+                f"a prompt of {longest} tokens does not fit: {cfg.task} with --digits {cfg.digits} has room for "
+                f"{task.prompt_length}"
             )
         heldout = draw_problems(task, cfg.heldout, stream(cfg.seed, 5), {p.prompt for p in pool}) if cfg.heldout else []
         problems = perfectible(sampler, task, pool, cfg, say)
@@ -497,7 +498,8 @@ def train(cfg, given, run):
         before = pass_at_1(heldout, 6) if heldout else None
         run.log(run.metrics, provenance(cfg, device))
     say(
-        f"training on {len(problems)} problems, {cfg.prompts} x {cfg.group} answers a step, {cfg.algo}; everything goes to {run.path}/"
+        f"training on {len(problems)} problems, {cfg.prompts} x {cfg.group} answers a step, {cfg.algo}; everything goes to "
+        f"{run.path}/"
     )
 
     def save(step):
@@ -532,12 +534,10 @@ def train(cfg, given, run):
         where = rollout.is_answer
         lengths = rollout.length - rollout.prompt_length
         mu, pi = rollout.logp[where], logp_train[where]
-
-        def where_bad():
-            return first_bad_layer(model, rollout, advantage, cfg, scaler, task.answer_length)
+        again = model, rollout, advantage, cfg, scaler, task.answer_length      # for first_bad_layer, should it come to that
         if not (torch.isfinite(mu).all() and torch.isfinite(pi).all()):
             model.use(train_num if torch.isfinite(mu).all() else rollout_num)
-            raise broken(run, "log-probs are no longer finite", where_bad())
+            raise broken(run, "log-probs are no longer finite", first_bad_layer(*again))
         gaps = mismatch(mu, pi, lengths)  # before the update: this is the mismatch and nothing else
         lr = learning_rate(cfg, updates)
         norm, skip = apply_gradient(model, optimizer, scaler, cfg, lr)
@@ -547,7 +547,7 @@ def train(cfg, given, run):
                 num.refresh()                                           # once per update, in place, for both sides
         if (not scaler.is_enabled() and not math.isfinite(norm)) or (scaler.is_enabled() and scaler.get_scale() < 1):
             raise broken(run, "gradients are no longer finite" if not scaler.is_enabled() else "the loss scale fell below 1",
-                         where_bad())
+                         first_bad_layer(*again))
         t2 = time.time()
         # --- end of the step; everything below is diagnostics
 
@@ -583,8 +583,8 @@ def train(cfg, given, run):
 
 def broken(run, what, where):
     return InputError(
-        f"stopped: {what}; first seen in {where}. Try --train-precision bf16 or fp32 to see whether range is the matter, a lower "
-        f"--lr, or a lower --init-scale. The last good checkpoint is {run.checkpoint}"
+        f"stopped: {what}; first seen in {where}. Try --train-precision bf16 or fp32 to see whether range is the matter, "
+        f"a lower --lr, or a lower --init-scale. The last good checkpoint is {run.checkpoint}"
     )
 
 
@@ -597,7 +597,8 @@ def verdict(cfg, run, history, accuracy, before, after, kept):
     if before is not None:
         say(f"held-out problems, pass@1 over {cfg.eval_tries} sampled answers each: {before:.3f} before, {after:.3f} after")
     say(
-        f"training accuracy, sampled at temperature {cfg.temperature:g}, {cfg.eval_tries} answers to each of the {kept} problems: {accuracy:.3f}"
+        f"training accuracy, sampled at temperature {cfg.temperature:g}, {cfg.eval_tries} answers to each of the {kept} "
+        f"problems: {accuracy:.3f}"
     )
     passed = None if changed else accuracy >= 0.95
     if changed:

@@ -1,4 +1,4 @@
-"""Reversal of a string of `digits` letters: `stone=` -> `enots`. The smallest task there is: the pattern for one of your own."""
+"""Reversal of a string of `digits` letters: `stone=` -> `enots`. The smallest task, and the pattern for one of your own."""
 
 from data import Problem
 

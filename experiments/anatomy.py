@@ -20,18 +20,20 @@ SHOWN = ("fp32", "tf32", "bf16", "fp16", "e5m2", "e4m3")
 def bits_and_range():
     print("Formats: 1 sign bit, the exponent sets the range, the mantissa the resolution\n")
     print(
-        f"{'name':6} {'exp':>4} {'man':>4} {'largest':>10} {'spacing at 1':>13} {'smallest normal':>16} {'smallest subnormal':>19}  loss scale"
+        f"{'name':6} {'exp':>4} {'man':>4} {'largest':>10} {'spacing at 1':>13} {'smallest normal':>16} "
+        f"{'smallest subnormal':>19}  loss scale"
     )
     for name in SHOWN:
         f = parse_format(name)
         largest = f"{f.max:.5g}" if f.max > 1e5 else f"{f.max:g}"
         print(
-            f"{name:6} {f.exp:4} {f.man:4} {largest:>10} {f.eps:13.3g} {f.tiny:16.3g} {f.smallest:19.3g}  {'yes' if f.needs_loss_scaling else 'no'}"
+            f"{name:6} {f.exp:4} {f.man:4} {largest:>10} {f.eps:13.3g} {f.tiny:16.3g} {f.smallest:19.3g}  "
+            f"{'yes' if f.needs_loss_scaling else 'no'}"
         )
 
 
 def collect_step(scale):
-    """Every number of one step: {"weights" | "activations" | "gradients": FP32 vector of magnitudes}; backward from loss * scale."""
+    """Every number of one step, magnitudes in FP32 vectors under "weights", "activations" and "gradients" (of loss * scale)."""
     cfg = Config(prompts=4)
     task = make_task(cfg.task, cfg.digits, cfg.noise)
     model = find_base(cfg, torch.device("cpu"))[0]
@@ -65,8 +67,9 @@ def where_they_lie():
     kinds = {"weights": plain["weights"], "activations": plain["activations"], "gradients": plain["gradients"],
              "gradients * 2^16": scaled["gradients"]}
     print(
-        f"\nOne RL step of the default job ({'the cached base model' if trained else 'random weights: no base model in the cache yet'}). Zeros are "
-        "left out.\nlost: rounds to 0 | coarse: subnormal, fewer bits than the format promises | fine | inf: beyond the largest\n"
+        f"\nOne RL step of the default job, {'cached base model' if trained else 'random weights (no base in the cache yet)'}. "
+        "Zeros are left out.\n"
+        "lost: rounds to 0 | coarse: subnormal, fewer bits than the format promises | fine | inf: beyond the largest\n"
     )
     print(
         f"{'':18} {'smallest':>9} {'median':>9} {'largest':>9}   " + "".join(f"{name:^29}" for name in ("fp16", "bf16", "e4m3"))
@@ -86,11 +89,11 @@ def where_they_lie():
     def reached(kind):
         x = kinds[kind][kinds[kind] > 0]
         return float(((x > fp16.smallest / 2) & (x <= fp16.max)).float().mean())
+    w, a, g, scaled = (f"{reached(k):.1%}" for k in kinds)
     print(
-        f"\nFP16 represents {reached('weights'):.1%} of the weights and {reached('activations'):.1%} of the activations: BF16's three more "
-        f"exponent bits would add nothing there,\nand the three mantissa bits that it lacks are missed in every product. Of the gradients it "
-        f"reaches {reached('gradients'):.1%},\nand {reached('gradients * 2^16'):.1%} once the loss is multiplied by 2^16: that is all that loss "
-        "scaling is."
+        f"\nFP16 represents {w} of the weights and {a} of the activations: what BF16's three more exponent bits could add\n"
+        "there is the rest, and the three mantissa bits that it lacks are missed in every product. Of the gradients FP16\n"
+        f"reaches {g}, and {scaled} once the loss is multiplied by 2^16: that is all that loss scaling is."
     )
 
 

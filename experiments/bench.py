@@ -59,8 +59,9 @@ def bench(cfg):
     times = {f: [] for f in formats}
     peaks = []
     say(
-        f"{model.n_params() / 1e6:.2f} M parameters, {cfg.prompts} x {cfg.group} answers of {new} tokens behind prompts of {prompt:g}; "
-        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; {'the median of 5 turns'}"
+        f"{model.n_params() / 1e6:.2f} M parameters, {cfg.prompts} x {cfg.group} answers of {new} tokens behind prompts of "
+        f"{prompt:g}; "
+        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; the median of 5 turns"
     )
     for turn in range(6):
         for f in formats:
@@ -91,13 +92,14 @@ def bench(cfg):
         )
         b = report[f]
         say(
-            f"{f:>5}: rollout {r:.3f} s ({b['rollout_tokens_per_s']:.0f} tokens/s, {b['rollout_share']:.0%} of peak), training {t:.3f} s "
-            f"({b['train_share']:.0%}), step {r + t:.3f} s ({b['step_tokens_per_s']:.0f} tokens/s, {b['step_share']:.0%} of this machine's "
-            f"{peak / 1e9:.0f} GFLOP/s GEMM)"
+            f"{f:>5}: rollout {r:.3f} s ({b['rollout_tokens_per_s']:.0f} tokens/s, {b['rollout_share']:.0%} of peak), "
+            f"training {t:.3f} s ({b['train_share']:.0%}), step {r + t:.3f} s ({b['step_tokens_per_s']:.0f} tokens/s, "
+            f"{b['step_share']:.0%} of this machine's {peak / 1e9:.0f} GFLOP/s GEMM)"
         )
     ratio = float(np.median([sum(x) / sum(y) for x, y in zip(times[formats[-1]][1:], times[formats[0]][1:])]))
     say(
-        f"{formats[-1]} / {formats[0]} step time: {ratio:.2f} (median of paired turns); peak memory {peak_memory(device):.0f} MiB"
+        f"{formats[-1]} / {formats[0]} step time: {ratio:.2f} (median of paired turns); "
+        f"peak memory {peak_memory(device):.0f} MiB"
     )
     print(
         json.dumps(

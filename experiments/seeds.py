@@ -1,6 +1,6 @@
 """The default job over many seeds: how often does it PASS, how long does it take, and how much do the curves differ?
 
-    python -m experiments.seeds                       # seeds 0 to 9, cold: each makes its own base model. 25 minutes on 2 CPU cores
+    python -m experiments.seeds                       # seeds 0 to 9, cold: each makes its own base model
     python -m experiments.seeds --seeds 3 --precision bf16
 
 The seeds are the first N numbers, none is left out. Every flag that is not --seeds goes to train_rl.py. Finished seeds are
@@ -70,8 +70,9 @@ def main():
             records.append(run_seed(seed, folder, args))
         r, spent = records[-1], time.time() - begin
         print(
-            f"seed {seed}: training accuracy {r['accuracy']:.3f}, held-out {r['heldout_before']:.3f} -> {r['heldout_after']:.3f}, "
-            f"{'PASS' if r['passed'] else 'no PASS'}, {r['cold_seconds']:.0f} s cold; {spent / (seed + 1) * (n - seed - 1) / 60:.0f} min to go",
+            f"seed {seed}: training accuracy {r['accuracy']:.3f}, held-out {r['heldout_before']:.3f} -> "
+            f"{r['heldout_after']:.3f}, {'PASS' if r['passed'] else 'no PASS'}, {r['cold_seconds']:.0f} s cold; "
+            f"{spent / (seed + 1) * (n - seed - 1) / 60:.0f} min to go",
             flush=True,
         )
     summary = dict(

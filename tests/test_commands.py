@@ -20,8 +20,8 @@ from precision import InputError
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # One digit, one layer: a base in a few seconds, and RL that learns
 SMALL = (
-    "--digits 1 --noise 0.3 --n-layers 2 --width 64 --mlp-width 192 --base-steps 300 --base-batch 64 --base-lr 4e-3 --pool 70 --heldout 10 "
-    "--steps 6 --prompts 16 --save-every 2 --no-plot --device cpu"
+    "--digits 1 --noise 0.3 --n-layers 2 --width 64 --mlp-width 192 --base-steps 300 --base-batch 64 --base-lr 4e-3 --pool 70 "
+    "--heldout 10 --steps 6 --prompts 16 --save-every 2 --no-plot --device cpu"
 ).split()
 
 
@@ -54,7 +54,7 @@ def rows(path):
 
 
 def test_a_short_run_learns(home):
-    """25 steps of RL take a base that is right 6 times in 10 to 19 in 20. LOG.md has the numbers of 10 seeds; 0.85 is well below them."""
+    """25 steps of RL take a base that is right 6 times in 10 to 19 in 20 (LOG.md has ten seeds; 0.85 is well below them)."""
     code, out, err = run(home, *SMALL, "--steps", "25", "--out", "learns", "--lr", "1e-3")
     assert code == 0 and err == "", err
     first, *steps, last = rows(home / "learns" / "metrics.jsonl")

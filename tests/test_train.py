@@ -10,8 +10,19 @@ from test_sample import PROMPTS, sampler_of
 import train_rl
 from data import Problem, draw_problems, load_problems, make_task, stream
 from precision import InputError, Numerics, make_scaler
-from train_rl import (Config, accumulate_gradient, advantages, apply_gradient, batch_of, diagnose, first_bad_layer,
-                      learning_rate, parse_config, policy_loss, token_weights)
+from train_rl import (
+    Config,
+    accumulate_gradient,
+    advantages,
+    apply_gradient,
+    batch_of,
+    diagnose,
+    first_bad_layer,
+    learning_rate,
+    parse_config,
+    policy_loss,
+    token_weights,
+)
 
 # --- advantages and losses
 
