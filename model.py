@@ -249,13 +249,19 @@ def load_checkpoint(path, device="cpu"):
 
 def load_model(state, device="cpu", expect=None):
     """GPT from a loaded checkpoint. expect: the GPTConfig that the run's settings ask for; a differing shape is refused."""
-    cfg = GPTConfig(**state["gpt"])
+    try:
+        cfg = GPTConfig(**state["gpt"])
+    except (KeyError, TypeError) as e:
+        raise InputError(f"the checkpoint's model cannot be read by this version: {e}") from None
     if expect is not None and expect != cfg:
         a, b = dataclasses.asdict(cfg), dataclasses.asdict(expect)
         raise InputError("the checkpoint's model has another shape: " +
                          ", ".join(f"{k} {a[k]} there, {b[k]} asked for" for k in a if a[k] != b[k]))
     model = GPT(cfg, device)
-    model.load_state_dict(state["model"])
+    try:
+        model.load_state_dict(state["model"])
+    except (KeyError, RuntimeError) as e:
+        raise InputError(f"the checkpoint's weights do not fit its own description: {str(e).splitlines()[-1].strip()}") from None
     for p in model.parameters():
         p.requires_grad_(True)
     return model.use(Numerics("fp32", device).hold(model.parameters()))

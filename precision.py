@@ -7,6 +7,7 @@ number format on one device, and the model, the sampler and the trainer call its
 
 Where is a number rounded? At the end of every operator here, once: on the way forward its output, on the way back its
 input gradient. Inside an operator everything is FP32: products accumulate in FP32, norms and softmax are computed in FP32.
+(One exception: a GPU's fused attention also rounds the probabilities before it multiplies the values with them.)
 
     CUDA   values are stored in the format (torch.float16, ...), tensor cores multiply, accumulate in FP32, round on output
     CPU    values are stored in FP32 tensors that hold only numbers of the format; an FP32 GEMM, then one rounding
@@ -19,13 +20,13 @@ import difflib
 import math
 import os
 import re
-import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")    # read when CUDA starts; see pick_device
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")    # read when CUDA starts; see reproducible
 
 
 class InputError(ValueError):
@@ -228,9 +229,10 @@ class Numerics:
         assert mask is not None or q.shape[2] in (1, k.shape[2])
         if self.dtype == torch.float32:
             return self._apply(_Attention, q, k, v, mask)
-        causal = mask is None and q.shape[2] > 1
-        return self._out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
-                                                        enable_gqa=q.shape[1] != k.shape[1]))
+        causal, grouped = mask is None and q.shape[2] > 1, q.shape[1] != k.shape[1]
+        if grouped and mask is not None:                          # no fused kernel takes a mask and grouped heads
+            k, v, grouped = *(t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v)), False
+        return self._out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped))
 
     def logits(self, h, w):
         """h (N, C), w (V, C) -> h wᵀ (N, V) in FP32: logits are never rounded to the format."""
@@ -452,7 +454,7 @@ class _TokenLogprobs(torch.autograd.Function):
             d = ctx.kept if ctx.kept is not None else log_softmax(num.logits(hs, ctx.w), ctx.temperature).exp_()
             ctx.kept = None
             # d logp / d logits = onehot - softmax
-            d.scatter_add_(1, targets[s, None], d.new_full((len(d), 1), -1.0))
+            d[torch.arange(len(d), device=d.device), targets[s]] -= 1
             d = num._out(d.mul_(dlogp[s, None] * (-1 / ctx.temperature)), "backward", ctx.where)
             dw += num._mm32(d.t(), hs)
             d = num._out(d @ wr, "backward", ctx.where)
@@ -481,15 +483,27 @@ def pick_device(name="auto"):
         n = torch.cuda.device_count()
         if (device.index or 0) >= n:
             raise InputError(f"device {name!r} is not there: torch {torch.__version__} sees {n} CUDA device{'s' * (n != 1)}")
-        # The same run gives the same bits: flash attention's backward pass adds in a fixed order, cuBLAS keeps its workspace.
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-        warnings.filterwarnings("ignore", message=".*deterministic")
+        torch.cuda.set_device(device)
         # By default cuBLAS may add partial sums of a product in 16 bit. Then the accumulator is no longer FP32.
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_tf32 = False                        # FP32 means FP32
     return device
+
+
+@contextmanager
+def reproducible(device):
+    """Backward passes inside give the same bits every time. On a GPU, fused attention otherwise adds up its gradients in
+    whatever order the blocks finish. Only around backward: torch would refuse the sampler's cumsum, wrongly for its shapes."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def make_scaler(num, init_scale=2.0 ** 16):
@@ -505,7 +519,7 @@ def banner(rollout, train, scaler):
     where = (
         torch.cuda.get_device_name(train.device) if train.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     )
-    how = "FP32 GEMM, result rounded (a CPU's half GEMM is slow)" if train.emulated else \
+    how = "FP32 GEMM, result rounded (a CPU's own half GEMM is slow, a GPU has none of this format)" if train.emulated else \
         "FP32" if train.dtype == torch.float32 else "FP32 on tensor cores, 16-bit reductions off"
     same = "same roundings on both sides" if rollout.fmt == train.fmt else "DIFFERENT roundings on the two sides"
     scale = f"loss scale {scaler.get_scale():.0f} ({train.fmt.exp} exponent bits)" if scaler.is_enabled() else \
@@ -531,7 +545,7 @@ def mismatch(logp_rollout, logp_train, lengths):
     return {k: float(v) for k, v in dict(
         logp_gap_mean=gap.mean(), logp_gap_p99=gap.sort().values[min(len(d) - 1, int(0.99 * len(d)))], logp_gap_max=gap.max(),
         prob_gap_mean=(logp_rollout.double().exp() - logp_train.double().exp()).abs().mean(),
-        kl_k1=d.mean(), kl_k3=(ratio - 1 + d).mean(), seq_kl=seq.mean(),
+        kl_k1=d.mean(), kl_k3=(torch.expm1(-d) + d).mean(), seq_kl=seq.mean(),
         ratio_outliers=((ratio < 0.9) | (ratio > 1.1)).double().mean(), exact_share=(d == 0).double().mean()).items()}
 
 

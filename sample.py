@@ -29,7 +29,7 @@ from precision import InputError, Numerics, log_softmax, nearest, pick_device
 # both, a mask made by comparing ids takes the stop token for padding and the model never learns to stop.
 
 STOP, PAD = 256, 257
-TOKENIZER = tiktoken.Encoding("tenbit-bytes", pat_str=r"(?s:.)", mergeable_ranks={bytes([i]): i for i in range(256)},
+TOKENIZER = tiktoken.Encoding("tenbit-bytes", pat_str=r"(?s:.+)", mergeable_ranks={bytes([i]): i for i in range(256)},
                               special_tokens={"<|stop|>": STOP, "<|pad|>": PAD})
 
 
@@ -73,7 +73,8 @@ def draw(logp, u):
 
     u * total < total in FP32 for every u below 1, so the token found always has a probability above 0. One uniform number
     a token, drawn beforehand: a row's answer depends on its own numbers only, not on which rows share the batch."""
-    cdf = logp.exp().cumsum(-1)
+    p = logp.exp()
+    cdf = (p.double() if p.is_cuda else p).cumsum(-1)         # a GPU sums in parallel: in FP32 that need not be monotone
     return (cdf <= u[:, None] * cdf[:, -1:]).sum(-1)
 
 
@@ -345,6 +346,10 @@ def run_main(main):
         sys.exit(main())
     except InputError as e:
         print(f"{sys.argv[0].rsplit('/', 1)[-1]}: {e}", file=sys.stderr)
+        sys.exit(1)
+    except torch.OutOfMemoryError as e:
+        print(f"{sys.argv[0].rsplit('/', 1)[-1]}: the GPU is out of memory; lower --micro-batch (training), --rollout-rows or "
+              f"--prompts (sampling), or the model. {str(e).splitlines()[0]}", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:                                                                  # `sample.py ... | head`
         sys.stderr.close()

@@ -37,7 +37,7 @@ import torch
 from data import TASKS, Problem, draw_problems, load_problems, make_task, stream
 from data.base import clock, get_base, gpt_config
 from model import load_checkpoint, load_model, save_checkpoint
-from precision import InputError, Numerics, banner, make_scaler, mismatch, parse_format, pick_device
+from precision import InputError, Numerics, banner, make_scaler, mismatch, parse_format, pick_device, reproducible
 from sample import Parser, Sampler, encode, number, run_main, solve
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,9 +92,9 @@ class Config:
     clip_high: float = opt(0.2, "... and up to 1 + this", 0.0, 100.0)
     temperature: float = opt(1.0, "divides the logits, in sampling and in training", 0.01, 100.0)
     grad_clip: float = opt(1.0, "largest norm of the whole gradient", 0.0, 1e9)
-    adam_beta1: float = opt(0.9, "AdamW's first moment", 0.0, 1.0)
-    adam_beta2: float = opt(0.95, "AdamW's second moment", 0.0, 1.0)
-    adam_eps: float = opt(1e-15, "small, since RL gradients are small: 1e-8 would damp them", 0.0, 1.0)
+    adam_beta1: float = opt(0.9, "AdamW's first moment", 0.0, 0.9999)
+    adam_beta2: float = opt(0.95, "AdamW's second moment", 0.0, 0.9999)
+    adam_eps: float = opt(1e-15, "small, since RL gradients are small: 1e-8 would damp them", 1e-30, 1.0)
     # precision
     precision: str = opt("fp16", "number format of rollout and training: fp32, tf32, bf16, fp16 or eXmY")
     rollout_precision: str = opt("", "... of the rollout alone")
@@ -111,6 +111,14 @@ class Config:
     plot: bool = opt(True, "draw curves.png at the end, if matplotlib is installed")
     bench: bool = opt(False, "time rollout and training on this job's shapes, and train nothing")
 
+    @property
+    def rollout_format(self):
+        return self.rollout_precision or self.precision
+
+    @property
+    def train_format(self):
+        return self.train_precision or self.precision
+
 
 GPU = dict(digits=20, noise=0.025, n_layers=8, width=512, n_heads=8, n_kv_heads=4, mlp_width=1408,      # about 25 M parameters
            base_steps=2000, base_batch=256, base_lr=1e-3, base_precision="fp16", pool=1024, tries=40,
@@ -119,6 +127,12 @@ GPU = dict(digits=20, noise=0.025, n_layers=8, width=512, n_heads=8, n_kv_heads=
 # A verdict is given for the test as it stands. These settings may differ: they say how and where it runs, not what it asks.
 FREE = set("""preset device seed base_seed out resume precision rollout_precision train_precision init_scale algo micro_batch
               rollout_rows save_every sample_every plot bench""".split())
+
+
+# What a resumed run may be told anew. A model's shape is compared with the checkpoint's and refused there, with both numbers.
+CAN_CHANGE_ON_RESUME = set("""resume device steps precision rollout_precision train_precision algo lr lr_warmup lr_schedule
+    clip_low clip_high grad_clip micro_batch rollout_rows eval_tries save_every sample_every plot bench
+    n_layers width n_heads n_kv_heads mlp_width""".split())
 
 
 def parse_config(argv=None):
@@ -144,10 +158,8 @@ def parse_config(argv=None):
 
 def check(cfg):
     """Complain, in one line, about settings that cannot work together."""
-    for name in ("precision", "base_precision"):
-        parse_format(getattr(cfg, name))
-    cfg.rollout_precision = parse_format(cfg.rollout_precision or cfg.precision).name
-    cfg.train_precision = parse_format(cfg.train_precision or cfg.precision).name
+    for name in (cfg.rollout_format, cfg.train_format, cfg.base_precision):
+        parse_format(name)
     if cfg.keep_from > cfg.keep_to:
         raise InputError(f"--keep-from {cfg.keep_from} is above --keep-to {cfg.keep_to}: no problem can be kept")
     if cfg.width % cfg.n_heads or cfg.width // cfg.n_heads % 2:
@@ -196,7 +208,7 @@ def token_weights(lengths, algo, max_length):
 
 
 def learning_rate(cfg, updates):
-    """Counted in updates taken: a step that the loss scaler skips must not use up the warm-up."""
+    """Counted in updates: a step that the loss scaler skips must not use up the warm-up."""
     rise = min(1.0, (updates + 1) / (cfg.lr_warmup + 1))
     return cfg.lr * min(rise, 1 - updates / cfg.steps if cfg.lr_schedule == "linear" else 1.0)
 
@@ -240,7 +252,8 @@ def accumulate_gradient(model, rollout, advantage, cfg, scaler, max_length):
                 per_row = where.sum(1)
                 a, w = (torch.repeat_interleave(x[part], per_row) for x in (advantage, weight))
                 loss = (policy_loss(logp, rollout.logp[part, :end][where], a, cfg.algo, cfg.clip_low, cfg.clip_high) * w).sum()
-                scaler.scale(loss).backward()
+                with reproducible(advantage.device):
+                    scaler.scale(loss).backward()
                 total += loss.item()
             flat = part[:, None].expand_as(where)[where], where.nonzero()[:, 1]
             logp_train[flat], entropy[flat] = logp.detach(), ent
@@ -325,12 +338,13 @@ class Run:
             pass
 
     def rewind(self, step):
-        """Drop what was written after `step`: a run that was killed has lines of steps that are about to be done again."""
+        """Drop what was written after `step`, and an earlier result: a killed run has lines of steps about to be done again."""
         for path in (self.metrics, self.samples):
             kept = []
             for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
                 try:
-                    if json.loads(line).get("step", 0) <= step:
+                    row = json.loads(line)
+                    if row.get("step", 0) <= step and "result" not in row:
                         kept.append(line + "\n")
                 except json.JSONDecodeError:                            # a line cut short by the kill
                     pass
@@ -359,13 +373,13 @@ def provenance(cfg, device):
     gpu = device.type == "cuda"
     return dict(
         config=dataclasses.asdict(cfg),
-        command=sys.argv,
+        command=[pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
         git=ask("git", "rev-parse", "HEAD"),
         git_dirty=bool(ask("git", "status", "--porcelain")),
         python=platform.python_version(),
         torch=torch.__version__,
         numpy=np.__version__,
-        system=platform.platform(),
+        system=f"{platform.system()} {platform.machine()}",
         device=torch.cuda.get_device_name(device) if gpu else platform.processor() or platform.machine(),
         threads=torch.get_num_threads(),
     )
@@ -449,7 +463,7 @@ def train(cfg, given, run):
     device = pick_device(cfg.device)
     task = make_task(cfg.task, cfg.digits, cfg.noise)
     resumed = load_checkpoint(cfg.resume, device) if cfg.resume else None
-    rollout_num, train_num = Numerics(cfg.rollout_precision, device), Numerics(cfg.train_precision, device)
+    rollout_num, train_num = Numerics(cfg.rollout_format, device), Numerics(cfg.train_format, device)
     if rollout_num.fmt == train_num.fmt:
         rollout_num = train_num                                         # literally the same rounded weights
     scaler = make_scaler(train_num, cfg.init_scale)
@@ -457,7 +471,16 @@ def train(cfg, given, run):
         + "".join(f" | {k} {v}" for k, v in given.items() if k not in ("preset", "out", "resume")))
     say(banner(rollout_num, train_num, scaler))
 
-    # The policy, the problems, the optimizer: fresh, or as they were
+    changed = changed_settings(cfg)
+
+    # The problems, the policy, the optimizer: fresh, or as they were. What can fail at once comes before what takes a minute.
+    if not resumed:
+        pool = load_problems(cfg.data) if cfg.data else draw_problems(task, cfg.pool, stream(cfg.seed, 4))
+        for p in pool:
+            for text, room in ((p.prompt, task.prompt_length), (p.answer, task.answer_length - 1)):
+                if len(encode(text)) > room:
+                    raise InputError(f"{text!r} does not fit: {cfg.task} with --digits {cfg.digits} has room for {room} tokens")
+        heldout = draw_problems(task, cfg.heldout, stream(cfg.seed, 5), {p.prompt for p in pool}) if cfg.heldout else []
     model = load_model(resumed, device, gpt_config(cfg, task)) if resumed else get_base(cfg, device, say)
     for num in (rollout_num, train_num):
         num.hold(model.parameters())
@@ -481,18 +504,14 @@ def train(cfg, given, run):
             scaler.load_state_dict(resumed["scaler"]) if scaler.is_enabled() and resumed["scaler"] else None
         except (ValueError, KeyError) as e:
             raise InputError(f"{run.checkpoint} does not fit these settings: {e}") from None
-        torch.set_rng_state(resumed["torch_rng"].cpu())                # nothing here draws from it; what you add may
+        torch.set_rng_state(resumed["torch_rng"].cpu())                # nothing here draws from these; what you add may
+        if device.type == "cuda" and resumed["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(resumed["cuda_rng"].cpu(), device)
+        changed = sorted({*changed, *resumed["changed"]})              # what a run once changed, its resumption cannot undo
         run.rewind(start)
+        run.log(run.metrics, dict(resumed_at=start, given={k: v for k, v in given.items() if k != "resume"}))
         say(f"resumed {run.path} at step {start}")
     else:
-        pool = load_problems(cfg.data) if cfg.data else draw_problems(task, cfg.pool, stream(cfg.seed, 4))
-        longest = max(len(encode(p.prompt)) for p in pool)
-        if longest > task.prompt_length:
-            raise InputError(
-                f"a prompt of {longest} tokens does not fit: {cfg.task} with --digits {cfg.digits} has room for "
-                f"{task.prompt_length}"
-            )
-        heldout = draw_problems(task, cfg.heldout, stream(cfg.seed, 5), {p.prompt for p in pool}) if cfg.heldout else []
         problems = perfectible(sampler, task, pool, cfg, say)
         start, updates, skipped = 0, 0, 0
         before = pass_at_1(heldout, 6) if heldout else None
@@ -503,10 +522,11 @@ def train(cfg, given, run):
     )
 
     def save(step):
-        save_checkpoint(run.checkpoint, model, config=dataclasses.asdict(cfg), step=step, updates=updates, skipped=skipped,
-                        before=before, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                        torch_rng=torch.get_rng_state(), problems=[dataclasses.astuple(p) for p in problems],
-                        heldout=[dataclasses.astuple(p) for p in heldout])
+        save_checkpoint(run.checkpoint, model, config=dataclasses.asdict(cfg), changed=changed, step=step, updates=updates,
+                        skipped=skipped, before=before, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                        torch_rng=torch.get_rng_state(),
+                        cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+                        problems=[dataclasses.astuple(p) for p in problems], heldout=[dataclasses.astuple(p) for p in heldout])
 
     if not resumed:
         save(0)
@@ -575,10 +595,11 @@ def train(cfg, given, run):
             say(f"stopped at step {step}; go on with: python train_rl.py --resume {run.path}")
             return 130
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    status = verdict(cfg, run, changed, pass_at_1(problems, 8), before, pass_at_1(heldout, 6) if heldout else None, len(problems))
     if cfg.plot:
         from experiments.curves import draw
-        say(draw(run.path, history, f"rollout {cfg.rollout_precision}, train {cfg.train_precision}"))
-    return verdict(cfg, run, history, pass_at_1(problems, 8), before, pass_at_1(heldout, 6) if heldout else None, len(problems))
+        say(draw(run.path, history, f"rollout {cfg.rollout_format}, train {cfg.train_format}"))
+    return status
 
 
 def broken(run, what, where):
@@ -588,12 +609,14 @@ def broken(run, what, where):
     )
 
 
-def verdict(cfg, run, history, accuracy, before, after, kept):
+def changed_settings(cfg):
+    """The settings that make this another test than the preset's, by name."""
+    preset = Config(**{**(GPU if cfg.preset == "gpu" else {}), "preset": cfg.preset})
+    return [f.name for f in dataclasses.fields(Config) if f.name not in FREE and getattr(cfg, f.name) != getattr(preset, f.name)]
+
+
+def verdict(cfg, run, changed, accuracy, before, after, kept):
     """The last lines, and the exit status: 0 for PASS or for a run that gets no verdict, 1 for FAIL."""
-    reference = Config(**{**(GPU if cfg.preset == "gpu" else {}), "preset": cfg.preset})
-    changed = [
-        f.name for f in dataclasses.fields(Config) if f.name not in FREE and getattr(cfg, f.name) != getattr(reference, f.name)
-    ]
     if before is not None:
         say(f"held-out problems, pass@1 over {cfg.eval_tries} sampled answers each: {before:.3f} before, {after:.3f} after")
     say(
@@ -616,10 +639,17 @@ STARTED = time.time()
 def main(argv=None):
     cfg, given = parse_config(argv)
     if cfg.resume:
-        saved = load_checkpoint(cfg.resume)
+        if pathlib.Path(cfg.resume).is_file():                          # the checkpoint itself was named
+            given["resume"] = str(pathlib.Path(cfg.resume).parent)
+        saved = load_checkpoint(given["resume"])
         known = {f.name for f in dataclasses.fields(Config)}
         if "step" not in saved or not set(saved["config"]) <= known:
             raise InputError(f"{cfg.resume} holds a model but no run to go on with")
+        fixed = [k for k in given if k not in CAN_CHANGE_ON_RESUME]
+        if fixed:
+            raise InputError(f"--{fixed[0].replace('_', '-')} was settled when the run began and cannot change on --resume")
+        if "precision" in given:                                        # for both sides, whatever was set apart before
+            saved["config"].update(rollout_precision="", train_precision="")
         cfg = check(Config(**{**saved["config"], **given}))
     try:
         if cfg.bench:

@@ -46,7 +46,8 @@ def draw_problems(task, n, rng, exclude=()):
             out.append(p)
             if len(out) == n:
                 return out
-    raise InputError(f"the task has too few different problems for {n} of them; make it longer with --digits, or ask for fewer")
+    raise InputError(f"the task has too few different problems for {n} of them and {len(exclude)} others: lengthen it with "
+                     "--digits, or lower --pool and --heldout")
 
 
 def load_problems(path):

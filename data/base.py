@@ -4,6 +4,7 @@ It stands in for a pretrained checkpoint: right about half of the time, and unab
 """
 import hashlib
 import json
+import math
 import os
 import pathlib
 import time
@@ -13,7 +14,7 @@ import torch
 
 from data import make_task, stream
 from model import GPT, GPTConfig, load_checkpoint, load_model, save_checkpoint
-from precision import InputError, Numerics, make_scaler
+from precision import InputError, Numerics, make_scaler, reproducible
 from sample import PAD, STOP, TOKENIZER, encode
 
 CACHE = pathlib.Path(os.environ.get("TENBIT_CACHE") or pathlib.Path(__file__).resolve().parent.parent / ".cache")
@@ -88,7 +89,8 @@ def train_base(model, task, cfg, seed, say=print):
         tokens, answer = demonstrations(task, cfg.base_batch, stream(seed, 1, step))
         logp, _ = model.token_logprobs(tokens.to(device), answer.to(device))
         loss = -logp.mean()
-        scaler.scale(loss).backward()
+        with reproducible(device):
+            scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
@@ -99,4 +101,6 @@ def train_base(model, task, cfg, seed, say=print):
             spent = time.time() - begin
             say(f"  warm-up {step + 1:5}/{cfg.base_steps}  loss {loss.item():.3f}  {clock(spent)} spent, "
                 f"{clock(spent / (step + 1) * (cfg.base_steps - step - 1))} to go")
+    if not math.isfinite(loss.item()) or not all(torch.isfinite(p).all() for p in model.parameters()):
+        raise InputError(f"the base model's loss is {loss.item()}: imitation diverged; lower --base-lr")
     model.use(Numerics("fp32", device).hold(model.parameters()))

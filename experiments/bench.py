@@ -40,7 +40,7 @@ def bench(cfg):
     task = make_task(cfg.task, cfg.digits, cfg.noise)
     model = GPT(gpt_config(cfg, task), device)
     new, rows = task.answer_length, cfg.prompts * cfg.group
-    formats = list(dict.fromkeys(("fp32", cfg.train_precision)))
+    formats = list(dict.fromkeys(("fp32", cfg.train_format)))
     nums = {f: Numerics(f, device).hold(model.parameters()) for f in formats}
     prompts = [encode(task.problem(stream(0, i)).prompt) for i in range(cfg.prompts)]
     prompt = sum(map(len, prompts)) / cfg.prompts

@@ -48,8 +48,9 @@ def draw(folder, history, formats):
 if __name__ == "__main__":
     rows = [json.loads(line) for line in (pathlib.Path(sys.argv[1]) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     cfg = rows[0]["config"]
+    rollout, train = (cfg[k] or cfg["precision"] for k in ("rollout_precision", "train_precision"))
     print(
         draw(
-            sys.argv[1], [r for r in rows if "step" in r], f"rollout {cfg['rollout_precision']}, train {cfg['train_precision']}"
+            sys.argv[1], [r for r in rows if "step" in r], f"rollout {rollout}, train {train}"
         )
     )

@@ -3,12 +3,13 @@
     python -m experiments.seeds                       # seeds 0 to 9, cold: each makes its own base model
     python -m experiments.seeds --seeds 3 --precision bf16
 
-The seeds are the first N numbers, none is left out. Every flag that is not --seeds goes to train_rl.py. Finished seeds are
-not run again, so a stopped sweep goes on where it was. Writes results/seeds-NAME.json and .png.
+The seeds are the first N numbers, none is left out. Every flag that is not --seeds goes to train_rl.py. Seeds that are
+finished with the same commit are not run again, so a stopped sweep goes on where it was. Writes results/seeds-NAME.json and .png.
 """
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,13 +22,14 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 def run_seed(seed, folder, flags):
     """One cold run of the real command in a process of its own, with an empty cache. Returns its record."""
+    shutil.rmtree(folder, ignore_errors=True)                  # what a stopped sweep left of this seed
     with tempfile.TemporaryDirectory() as cache:
         begin = time.time()
-        done = subprocess.run([sys.executable, str(ROOT / "train_rl.py"), "--seed", str(seed), "--out", str(folder), *flags],
-                              env={**os.environ, "TENBIT_CACHE": cache}, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run([sys.executable, "train_rl.py", "--seed", str(seed), "--out", str(folder.relative_to(ROOT)), *flags],
+                              env={**os.environ, "TENBIT_CACHE": cache}, stdout=subprocess.PIPE, text=True, cwd=ROOT)
         wall = time.time() - begin
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    if "result" not in rows[-1]:
+    if done.returncode not in (0, 1) or "result" not in rows[-1]:
         raise SystemExit(f"seed {seed} did not finish (exit status {done.returncode}): {done.stdout[-500:]}")
     record = dict(
         seed=seed,
@@ -61,11 +63,14 @@ def main():
         n = int(args[i + 1])
         del args[i:i + 2]
     name = "-".join(a.lstrip("-").replace("/", "_") for a in args) or "default"
-    records, begin = [], time.time()
+    records, begin, out = [], time.time(), ROOT / "results" / f"seeds-{name}.json"
+    out.parent.mkdir(exist_ok=True)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
     for seed in range(n):
         folder = ROOT / "out" / f"seeds-{name}" / str(seed)
-        if (folder / "record.json").exists():
-            records.append(json.loads((folder / "record.json").read_text(encoding="utf-8")))
+        done = json.loads((folder / "record.json").read_text(encoding="utf-8")) if (folder / "record.json").exists() else None
+        if done and done["about"]["git"] == head and not done["about"]["git_dirty"]:
+            records.append(done)                                    # of this very code
         else:
             records.append(run_seed(seed, folder, args))
         r, spent = records[-1], time.time() - begin
@@ -82,7 +87,6 @@ def main():
         **{k: spread([r[k] for r in records]) for k in ("accuracy", "heldout_before", "heldout_after", "kept", "cold_seconds")},
     )
     print(json.dumps(summary, indent=1))
-    out = ROOT / "results" / f"seeds-{name}.json"
     out.write_text(
         json.dumps(
             dict(command=f"python -m experiments.seeds --seeds {n} {' '.join(args)}".strip(), summary=summary, runs=records),

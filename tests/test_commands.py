@@ -31,6 +31,28 @@ def home(tmp_path_factory):
     return tmp_path_factory.mktemp("home")
 
 
+@pytest.fixture(scope="module")
+def learns(home):
+    """A finished run of 25 steps: its folder, exit status and output."""
+    return home / "learns", *run(home, *SMALL, "--steps", "25", "--out", "learns", "--lr", "1e-3")
+
+
+@pytest.fixture(scope="module")
+def whole(home):
+    """Uninterrupted runs of 6 steps, by format."""
+    for precision in ("fp16", "bf16"):
+        assert run(home, *SMALL, "--precision", precision, "--out", f"whole-{precision}")[0] == 0
+    return {p: home / f"whole-{p}" for p in ("fp16", "bf16")}
+
+
+@pytest.fixture
+def here(home, monkeypatch):
+    """The same folder and cache for calls in this process."""
+    monkeypatch.chdir(home)
+    monkeypatch.setattr("data.base.CACHE", home / "cache")
+    return home
+
+
 def start(home, *flags, program="train_rl.py", **kw):
     env = {**os.environ, "TENBIT_CACHE": str(home / "cache"), "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen([sys.executable, str(ROOT / program), *flags], cwd=home, env=env, text=True,
@@ -53,11 +75,11 @@ def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_short_run_learns(home):
+def test_a_short_run_learns(learns):
     """25 steps of RL take a base that is right 6 times in 10 to 19 in 20 (LOG.md has ten seeds; 0.85 is well below them)."""
-    code, out, err = run(home, *SMALL, "--steps", "25", "--out", "learns", "--lr", "1e-3")
+    folder, code, out, err = learns
     assert code == 0 and err == "", err
-    first, *steps, last = rows(home / "learns" / "metrics.jsonl")
+    first, *steps, last = rows(folder / "metrics.jsonl")
     assert first["config"]["digits"] == 1 and first["torch"] == torch.__version__ and "git" in first
     want = {
         "step",
@@ -92,7 +114,7 @@ def test_a_short_run_learns(home):
     gaps = [r["logp_gap_mean"] for r in steps]
     assert 0 < max(gaps) < 1e-3 and min(gaps) >= 0                                    # measured, and FP16-small
     assert last["result"]["passed"] is None and "no verdict" in out and "\r" not in out
-    assert {"prompt", "text", "reward", "step"} <= set(rows(home / "learns" / "samples.jsonl")[0])
+    assert {"prompt", "text", "reward", "step"} <= set(rows(folder / "samples.jsonl")[0])
 
 
 def weights(folder):
@@ -104,19 +126,17 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_resume_is_bit_for_bit(home, precision):
+def test_resume_is_bit_for_bit(home, whole, precision):
     """6 steps at once; and 6 steps with an interruption: Ctrl-C after the third, a rollback to the checkpoint of step 2, a
     torn last line in the log. The weights, the optimizer's moments and the log end up equal."""
-    flags = [*SMALL, "--precision", precision]
-    assert run(home, *flags, "--out", f"whole-{precision}")[0] == 0
-    p = start(home, *flags, "--out", f"parts-{precision}")
+    p = start(home, *SMALL, "--precision", precision, "--out", f"parts-{precision}")
     for line in p.stdout:
         if re.match(r"step +3/", line):
             p.send_signal(signal.SIGINT)
             break
     out, err = p.communicate(timeout=120)
     assert p.returncode == 130 and "--resume" in out and err == "", (out, err)
-    parts, whole = home / f"parts-{precision}", home / f"whole-{precision}"
+    parts, whole = home / f"parts-{precision}", whole[precision]
     assert 3 <= load_checkpoint(parts)["step"] < 6
     with open(parts / "metrics.jsonl", "a") as f:
         f.write('{"step": 99, "rew')                                                   # what a power cut leaves behind
@@ -133,7 +153,7 @@ def test_resume_is_bit_for_bit(home, precision):
     assert a == b
 
 
-def test_killed_run_goes_on_from_its_last_checkpoint(home):
+def test_killed_run_goes_on_from_its_last_checkpoint(home, whole):
     p = start(home, *SMALL, "--out", "killed")
     for line in p.stdout:
         if re.match(r"step +5/", line):
@@ -144,22 +164,26 @@ def test_killed_run_goes_on_from_its_last_checkpoint(home):
     assert load_checkpoint(home / "killed")["step"] in (4, 6)
     code, _, err = run(home, "--resume", "killed")
     assert code == 0, err
-    assert same(weights(home / "killed"), weights(home / "whole-fp16"))
+    assert same(weights(home / "killed"), weights(whole["fp16"]))
     assert [r["step"] for r in rows(home / "killed" / "metrics.jsonl") if "step" in r] == [1, 2, 3, 4, 5, 6]
 
 
-def test_more_steps_after_the_end_and_sampling_from_a_run(home):
-    code, out, err = run(home, "--resume", "learns", "--steps", "27")
-    assert code == 0 and "step   27/27" in out, err
+def test_more_steps_after_the_end_and_sampling_from_a_run(home, learns):
+    """--resume may name the checkpoint itself; what a run once changed, resuming it does not make a test with a verdict."""
+    code, out, err = run(home, "--resume", "learns/checkpoint.pt", "--steps", "27", "--precision", "bf16")
+    assert code == 0 and "step   27/27" in out and "rollout bf16, train bf16" in out and "no verdict" in out, err
+    log = rows(home / "learns" / "metrics.jsonl")
+    assert [r["step"] for r in log if "step" in r] == list(range(1, 28)) and sum("result" in r for r in log) == 1
+    assert {"resumed_at": 25, "given": {"steps": 27, "precision": "bf16"}} in log
     code, out, err = run(home, "--model", "learns", "--prompt", "3+4=", "--temperature", "0", program="sample.py")
     assert code == 0 and out == "3+4=3+4+0=7;#7\n", (out, err)
 
 
-def test_what_cannot_be_done_is_said_in_one_line(home, monkeypatch):
+def test_what_cannot_be_done_is_said_in_one_line(here, learns):
     """Two through the real command, which must print one line and no stack trace; the others in this process, for time."""
-    assert "already holds a run: go on with --resume learns" in refuse(home, "--out", "learns")
-    assert "which model" in refuse(home, "--prompt", "1+1=", program="sample.py")
-    monkeypatch.chdir(home)
+    assert "already holds a run: go on with --resume learns" in refuse(here, "--out", "learns")
+    assert "which model" in refuse(here, "--prompt", "1+1=", program="sample.py")
+    home = here
     (home / "broken.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "1+2=",\n')
     (home / "long.jsonl").write_text('{"prompt": "123456789+1=", "answer": "2"}\n')
     (home / "torn").mkdir()
@@ -173,11 +197,20 @@ def test_what_cannot_be_done_is_said_in_one_line(home, monkeypatch):
             (["--resume", "bare"], "holds a model but no run"),
             (["--data", "missing.jsonl", *SMALL], "cannot read missing.jsonl"),
             (["--data", "broken.jsonl", *SMALL], "broken.jsonl line 2"),
-            (["--data", "long.jsonl", *SMALL], "a prompt of 12 tokens does not fit"),
+            (["--data", "long.jsonl", *SMALL], "'123456789.1=' does not fit"),
+            (["--digits", "1"], "too few different problems for 256"),
+            (["--resume", "learns", "--pool", "9"], "--pool was settled when the run began"),
             (["--resume", "learns", "--steps", "3"], "has done 2[57] steps")):
         with pytest.raises(InputError, match=words):
             train_rl.main(flags)
     assert not list((home / "out").glob("*/metrics.jsonl"))
+
+
+def test_a_base_that_diverged_is_not_kept(here, tmp_path, monkeypatch):
+    monkeypatch.setattr("data.base.CACHE", tmp_path)
+    with pytest.raises(InputError, match="imitation diverged"):
+        train_rl.main([*SMALL, "--base-lr", "1", "--base-steps", "40", "--base-precision", "e4m3", "--out", "diverged"])
+    assert not list(tmp_path.glob("**/*.pt")) and not (here / "diverged").exists()
 
 
 def test_overflow_stops_the_run_with_the_layer_and_a_safe_checkpoint(home):
@@ -191,19 +224,18 @@ def test_overflow_stops_the_run_with_the_layer_and_a_safe_checkpoint(home):
 @pytest.mark.parametrize(
     "precision, words", [("fp16", "the loss scale fell below 1"), ("bf16", "gradients are no longer finite")]
 )
-def test_endless_nan_is_an_error(home, monkeypatch, precision, words):
+def test_endless_nan_is_an_error(here, whole, monkeypatch, precision, words):
     """A loss that is NaN however small its scale: the scaler halves and halves, and then the run says so. Without a scaler the
     first such gradient ends the run, before it reaches a weight."""
-    monkeypatch.chdir(home)
+    before = weights(whole[precision])
     monkeypatch.setattr(train_rl, "policy_loss", lambda logp, *_: logp * math.nan)
     with pytest.raises(InputError, match=words) as e:
         train_rl.main(["--resume", f"whole-{precision}", "--steps", "60"])
     assert "the loss itself" in str(e.value)
-    assert same(weights(home / f"whole-{precision}"), weights(home / f"parts-{precision}"))
+    assert same(weights(whole[precision]), before)
 
 
-def test_a_reward_that_is_no_number_is_named(home, monkeypatch):
-    monkeypatch.chdir(home)
+def test_a_reward_that_is_no_number_is_named(here, whole, monkeypatch):
     monkeypatch.setattr(Addition, "reward", lambda *_: math.nan)
     with pytest.raises(InputError, match="a reward of nan"):
         train_rl.main(["--resume", "whole-fp16", "--steps", "60"])

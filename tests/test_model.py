@@ -178,33 +178,47 @@ def test_a_really_full_disk(tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="kills with SIGKILL")
 def test_killed_while_writing(tmp_path):
-    """A process that does nothing but write checkpoints is killed at ten moments; what is left always loads, and is never
-    older than the last write that was reported done."""
-    path = tmp_path / "checkpoint.pt"
+    """A process that does nothing but write checkpoints is killed eight times, each time in the middle of a write: the half
+    file lies there and the checkpoint beside it is the last complete one. What is left must load, be no older than the last
+    write that was reported done, and take the next write."""
+    path, partial = tmp_path / "checkpoint.pt", tmp_path / "checkpoint.pt.partial"
     code = textwrap.dedent(f"""
-        import sys
+        import os, sys
         sys.path[:0] = [{os.getcwd()!r}, {os.path.dirname(__file__)!r}]
         from conftest import tiny
         from model import save_checkpoint
         model = tiny(n_layers=12, width=128, mlp_width=256)
-        step = 0
-        while True:
-            step += 1
-            save_checkpoint({str(path)!r}, model, step=step)
-            print(step, flush=True)
+        for i in range(8):
+            sys.stdin.readline()
+            if os.fork() == 0:                                # the children share one import of torch
+                step = 1000 * i
+                while True:
+                    step += 1
+                    save_checkpoint({str(path)!r}, model, step=step)
+                    print(os.getpid(), step, flush=True)
+            os.wait()
     """)
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert child.stdout.readline() == "1\n"
-    caught = 0
+    parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                              start_new_session=True)
+    killed_half_way = 0
     try:
-        for i in range(40):                                    # look at the file while it is being replaced
-            time.sleep(0.005 * (i % 7))
-            assert load_checkpoint(path)["step"] >= 1
-            caught += path.with_name("checkpoint.pt.partial").exists()
+        for i in range(8):
+            parent.stdin.write("next\n")
+            parent.stdin.flush()
+            pid, done = 0, 0
+            while done < 1000 * i + 2 + i % 3:                # lines of the child before may still be in the pipe
+                pid, done = map(int, parent.stdout.readline().split())
+            while not partial.exists():
+                pass
+            os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
+            killed_half_way += partial.exists()
+            state = load_checkpoint(path)
+            assert state["step"] >= done
+            load_model(state)
     finally:
-        child.send_signal(signal.SIGKILL)
-        rest = child.communicate()[0].split()
-    state = load_checkpoint(path)
-    assert state["step"] >= int(rest[-1]) if rest else 1
-    load_model(state)
-    assert caught > 0                                            # some of those looks fell into the middle of a write
+        os.killpg(parent.pid, signal.SIGKILL)
+        parent.communicate()
+    assert killed_half_way >= 4
+    save_checkpoint(path, tiny(), step=1)
+    assert not partial.exists() and load_checkpoint(path)["step"] == 1

@@ -195,20 +195,23 @@ def test_an_overflow_is_skipped_and_changes_no_weight():
 
 
 def test_the_first_bad_layer_is_named():
-    model, out, _ = case("fp16")
+    def where(model, out, a, scale=1.0):
+        return first_bad_layer(model, out, a, CFG, make_scaler(model.num, scale), 20)
+    model, out, a = case("fp16")
     with torch.no_grad():
         model.blocks[1].down *= 1e8
     model.num.refresh()
-    assert "weights of blocks.1.down" in first_bad_layer(model, out, CFG, 1.0)
-    model, _, _ = case("fp16")
+    assert "weights of blocks.1.down, rounded to fp16" in where(model, out, a)
+    model, out, a = case("fp16")
     with torch.no_grad():                                                 # finite weights, whose product overflows
         model.blocks[1].gate_up *= 3e3
         model.blocks[1].down *= 3e3
     model.num.refresh()
-    text = first_bad_layer(model, out, CFG, 1.0)
-    assert "forward pass of blocks.1.mlp" in text and "6.55e+04" in text
-    model, _, _ = case("fp16")
-    assert "backward pass of head" in first_bad_layer(model, out, CFG, 1e9)
+    assert "forward pass of blocks.1.mlp" in where(model, out, a) and "6.55e+04" in where(model, out, a)
+    model, out, a = case("fp16")
+    assert "backward pass of head" in where(model, out, a, scale=2.0 ** 30)
+    assert "the loss itself" in where(model, out, a * math.nan)
+    assert "no layer" in where(model, out, a)
     assert model.num.spy is None and model.head.grad is None
 
 
@@ -312,7 +315,7 @@ def test_every_field_is_a_flag_with_help(capsys):
     for f in dataclasses.fields(Config):
         assert "--" + f.name.replace("_", "-") in text and len(f.metadata["help"]) > 3
     cfg, given = parse_config(["--device", "cpu", "--precision", "e8m7", "--train-precision", "fp32"])
-    assert (cfg.rollout_precision, cfg.train_precision, cfg.preset) == ("bf16", "fp32", "cpu")
+    assert (cfg.rollout_format, cfg.train_format, cfg.preset) == ("e8m7", "fp32", "cpu")
     assert set(given) == {"device", "precision", "train_precision"}
     assert parse_config(["--device", "cpu", "--preset", "gpu", "--digits", "9"])[0].width == 512
     assert set(train_rl.GPU) <= {f.name for f in dataclasses.fields(Config)} and train_rl.FREE <= {
