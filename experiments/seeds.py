@@ -25,8 +25,8 @@ def run_seed(seed, folder, flags):
     shutil.rmtree(folder, ignore_errors=True)                  # what a stopped sweep left of this seed
     with tempfile.TemporaryDirectory() as cache:
         begin = time.time()
-        done = subprocess.run([sys.executable, "train_rl.py", "--seed", str(seed), "--out", str(folder.relative_to(ROOT)), *flags],
-                              env={**os.environ, "TENBIT_CACHE": cache}, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        command = [sys.executable, "train_rl.py", "--seed", str(seed), "--out", str(folder.relative_to(ROOT)), *flags]
+        done = subprocess.run(command, env={**os.environ, "TENBIT_CACHE": cache}, stdout=subprocess.PIPE, text=True, cwd=ROOT)
         wall = time.time() - begin
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     if done.returncode not in (0, 1) or "result" not in rows[-1]:
