@@ -10,11 +10,12 @@ import torch
 from data import draw_problems, make_task, stream
 from data.base import find_base, gpt_config
 from model import GPT
-from precision import FORMATS, Numerics, make_scaler, parse_format
+from precision import Numerics, make_scaler, parse_format
 from sample import Sampler
 from train_rl import Config, accumulate_gradient, advantages, collect
 
 SHOWN = ("fp32", "tf32", "bf16", "fp16", "e5m2", "e4m3")
+LANDED = SHOWN[2:]                      # fp32 and tf32 have the range of bf16
 
 
 def bits_and_range():
@@ -71,15 +72,14 @@ def where_they_lie():
         "Zeros are left out.\n"
         "lost: rounds to 0 | coarse: subnormal, fewer bits than the format promises | fine | inf: beyond the largest\n"
     )
-    print(
-        f"{'':18} {'smallest':>9} {'median':>9} {'largest':>9}   " + "".join(f"{name:^29}" for name in ("fp16", "bf16", "e4m3"))
-    )
-    print(f"{'':18} {'':9} {'':9} {'':9}   " + f"{'lost  coarse    fine     inf':^29}" * 3)
+    columns = " " + " ".join(f"{word:>6}" for word in ("lost", "coarse", "fine", "inf")) + " "
+    print(f"{'':18} {'smallest':>9} {'median':>9} {'largest':>9}   " + "".join(f"{name:^{len(columns)}}" for name in LANDED))
+    print(f"{'':18} {'':9} {'':9} {'':9}   " + columns * len(LANDED))
     for kind, x in kinds.items():
         x = x[x > 0]
         row = f"{kind:18} {x.min():9.1e} {x.median():9.1e} {x.max():9.1e}   "
-        for name in ("fp16", "bf16", "e4m3"):
-            f = FORMATS.get(name) or parse_format(name)
+        for name in LANDED:
+            f = parse_format(name)
             lost, coarse, inf = (x <= f.smallest / 2), (x < f.tiny), x > f.max
             share = [float(s.float().mean()) for s in (lost, coarse & ~lost, ~coarse & ~inf, inf)]
             row += " " + " ".join(f"{s:6.1%}" for s in share) + " "
