@@ -98,8 +98,9 @@ def test_same_tokens_as_the_slow_way(prompts, temperature):
     assert len(lengths) > 5 and 20 in lengths                                     # early and late stops, and cut-off rows
 
 
-# Mean |log mu - log pi| over the sampled tokens. Measured on the CPU: fp32 3e-7, fp16 3e-4, bf16 2e-3; bounds four times that.
-BOUND = {"fp32": 2e-6, "fp16": 1.5e-3, "bf16": 1e-2, "e5m7": 1e-2}
+# Mean |log mu - log pi| over the sampled tokens. Measured on one CPU, the larger of the two temperatures: fp32 1.2e-6, fp16
+# 1.3e-4, bf16 and e5m7 2.6e-4, the largest single gaps 1e-5, 9e-3 and 3e-2. The bounds leave room for other processors.
+BOUND = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 5e-3, "e5m7": 5e-3}
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -122,7 +123,7 @@ def test_recorded_logprobs_are_the_teacher_forced_ones(fmt, temperature, device)
 
 
 def test_fp16_mismatch_is_several_times_smaller_than_bf16s():
-    """8 layers: the KL of BF16's roundings is about 10 times that of FP16's (measured 7 to 17); a factor of 3 is asked for.
+    """8 layers: the KL of BF16's roundings is 15 times that of FP16's (9.3e-5 and 6.2e-6 on one CPU); 3 is asked for.
     The KL and not the mean gap: with products in FP32 a rounding goes the other way in few tokens, in BF16 still fewer (a wider
     spacing has fewer borders) but by 8 times as much, so the means are alike and the squares are not."""
     kl = {}
