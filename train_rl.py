@@ -663,6 +663,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         say("\ninterrupted")
         return 130
+    except BrokenPipeError:                                             # `train_rl.py | head`: run_main knows
+        raise
     except OSError as e:
         raise InputError(
             f"{e.filename or 'a file of the run'}: {e.strerror}; the last checkpoint, if there was one, is untouched"
