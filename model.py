@@ -104,13 +104,11 @@ class Block(nn.Module):
         B, T, C = x.shape
         cfg, H, KV, D = self.cfg, self.cfg.n_heads, self.cfg.n_kv_heads, self.cfg.head_dim
         num.where = f"{name}.attention"
-        h = num.linear(num.rms_norm(x, self.norm1, cfg.norm_eps), self.qkv, self.qkv_bias)
-        qk, v = (t.view(B, T, -1, D) for t in h.split(((H + KV) * D, KV * D), -1))             # (B, T, heads, D)
+        h = num.linear(num.rms_norm(x, self.norm1, cfg.norm_eps), self.qkv, self.qkv_bias).view(B, T, H + 2 * KV, D)
         if cfg.qk_norm:
-            q, k = qk.split((H, KV), 2)
-            qk = torch.cat((num.rms_norm(q, self.q_norm, cfg.norm_eps), num.rms_norm(k, self.k_norm, cfg.norm_eps)), 2)
-        q, k = num.rope(qk, cos, sin).split((H, KV), 1)                                       # (B, heads, T, D)
-        v = v.transpose(1, 2)
+            q, k, v = h.split((H, KV, KV), 2)
+            h = torch.cat((num.rms_norm(q, self.q_norm, cfg.norm_eps), num.rms_norm(k, self.k_norm, cfg.norm_eps), v), 2)
+        q, k, v = num.rope(h, cos, sin, H, KV)                                                # (B, heads, T, D)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         y = num.attention(q, k, v, mask).transpose(1, 2).reshape(B, T, H * D)

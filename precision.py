@@ -215,10 +215,11 @@ class Numerics:
         """x (..., 2F), gate in the first half, value in the second -> silu(gate) * value, (..., F) (Shazeer 2020)."""
         return self._apply(_SwiGLU, x)
 
-    def rope(self, x, cos, sin):
-        """Rotate x (B, T, H, D) by the FP32 tables cos, sin (T, D/2) or (B, T, D/2); returns (B, H, T, D), the layout
-        of attention. Feature i is paired with i + D/2, as in the Llama and Qwen checkpoints (Su et al. 2021)."""
-        return self._apply(_Rope, x, cos, sin)
+    def rope(self, x, cos, sin, H, KV):
+        """x (B, T, H + 2 KV, D), the query, key and value heads of a QKV product -> q, k, v (B, heads, T, D), the layout of
+        attention, with q and k rotated by the FP32 tables cos, sin (T, D/2) or (B, T, D/2). Feature i is paired with
+        i + D/2, as in the Llama and Qwen checkpoints (Su et al. 2021)."""
+        return self._apply(_Rope, x, cos, sin, H, KV)
 
     def attention(self, q, k, v, mask=None):
         """softmax(q kᵀ / sqrt(D)) v, with grouped key/value heads.
@@ -237,6 +238,18 @@ class Numerics:
     def logits(self, h, w):
         """h (N, C), w (V, C) -> h wᵀ (N, V) in FP32: logits are never rounded to the format."""
         return self._mm32(h, self.weight(w).t())
+
+    def draw(self, logits, u, temperature=1.0):
+        """Sample one token a row by inverting the cumulative distribution at u. logits (R, V) FP32, which may be overwritten,
+        u (R,) FP32 in [0, 1) -> token (R,) int64 and its FP32 log-prob under softmax(logits / temperature) (R,).
+
+        u * total < total in FP32 for every u below 1, so the token found always has a probability above 0. One uniform number
+        a token, drawn beforehand: a row's answer depends on its own numbers only, not on which rows share the batch."""
+        logp = log_softmax(logits, temperature)
+        p = logp.exp()
+        cdf = (p.double() if p.is_cuda else p).cumsum(-1)     # a GPU sums in parallel: in FP32 that need not be monotone
+        token = (cdf <= u[:, None] * cdf[:, -1:]).sum(-1)
+        return token, logp.gather(1, token[:, None])[:, 0]
 
     def token_logprobs(self, h, w, targets, rows=None, temperature=1.0, chunk_bytes=64 << 20):
         """log softmax(h wᵀ / temperature) at `targets`, and the entropy of each distribution (nats, no gradient).
@@ -367,20 +380,28 @@ def _rotate(x, cos, sin, out):
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, cos, sin, num):
-        B, T, H, D = x.shape
+    def forward(ctx, x, cos, sin, H, KV, num):
+        B, T, _, D = x.shape
         cos, sin = (t.view(-1, 1, T, D // 2) for t in (cos, sin))          # (1 or B, 1, T, D/2)
         ctx.save_for_backward(cos, sin)
         ctx.num, ctx.where = num, num.where
-        return num._out(_rotate(x.transpose(1, 2), cos, sin, x.new_empty(B, H, T, D, dtype=torch.float32)))
+        q, k, v = x.transpose(1, 2).split((H, KV, KV), 1)
+        return (
+            *(num._out(_rotate(t, cos, sin, torch.empty(t.shape, dtype=torch.float32, device=t.device))) for t in (q, k)),
+            v.clone(memory_format=torch.contiguous_format),
+        )
 
     @staticmethod
-    def backward(ctx, dy):                                                   # the inverse of a rotation by a is one by -a
+    def backward(ctx, dq, dk, dv):                                           # the inverse of a rotation by a is one by -a
         cos, sin = ctx.saved_tensors
-        B, H, T, D = dy.shape
-        dx = dy.new_empty(B, T, H, D, dtype=torch.float32)
-        _rotate(dy, cos, -sin, dx.transpose(1, 2))
-        return ctx.num._out(dx, "backward", ctx.where), None, None, None
+        (B, H, T, D), KV = dq.shape, dk.shape[1]
+        dx = dq.new_empty(B, T, H + 2 * KV, D)
+        q, k, v = dx.transpose(1, 2).split((H, KV, KV), 1)
+        for d, out in ((dq, q), (dk, k)):
+            turned = _rotate(d, cos, -sin, torch.empty(d.shape, dtype=torch.float32, device=d.device))
+            out.copy_(ctx.num._out(turned, "backward", ctx.where))
+        v.copy_(dv)
+        return dx, None, None, None, None, None
 
 
 class _Attention(torch.autograd.Function):

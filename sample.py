@@ -68,16 +68,6 @@ class Rollout:
         return [decode(t[s:e]) for t, s, e in zip(tokens, start, end)]
 
 
-def draw(logp, u):
-    """Sample one token a row by inverting the cumulative distribution at u: logp (R, V) FP32, u (R,) in [0, 1) -> (R,).
-
-    u * total < total in FP32 for every u below 1, so the token found always has a probability above 0. One uniform number
-    a token, drawn beforehand: a row's answer depends on its own numbers only, not on which rows share the batch."""
-    p = logp.exp()
-    cdf = (p.double() if p.is_cuda else p).cumsum(-1)         # a GPU sums in parallel: in FP32 that need not be monotone
-    return (cdf <= u[:, None] * cdf[:, -1:]).sum(-1)
-
-
 class Sampler:
     """Samples from `model` in the number format that the model uses at the time (model.use)."""
 
@@ -124,9 +114,11 @@ class Sampler:
         cache = cache.rows(row // n, out.prompt_length.clone() if ragged else None, room=len(noise) - 1)
         at, done = out.prompt_length, torch.zeros(len(row), dtype=torch.bool, device=device)
         for t, u in enumerate(noise):
-            logp = log_softmax(model.logits(hidden), temperature or 1.0)                     # (rows, V)
-            token = draw(logp, u[row]) if temperature else logp.argmax(-1)
-            logp = logp.gather(1, token[:, None])[:, 0]
+            logits = model.logits(hidden)                                                    # (rows, V)
+            if temperature:
+                token, logp = model.num.draw(logits, u[row], temperature)
+            else:
+                logp, token = log_softmax(logits, 1.0).max(-1)
             out.tokens[row, at + t] = torch.where(done, self.pad, token)
             out.logp[row, at + t] = torch.where(done, 0.0, logp)
             out.length[row] += ~done

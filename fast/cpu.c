@@ -1,0 +1,544 @@
+/* cpu.c: the operators of precision.py, everything but the matrix products, each in one pass over memory.
+
+Written once for every vector width with the vector types of GCC and Clang. A number is rounded by `rounded`, on its way
+to memory, and nowhere else. Sums run in an order that depends on the row alone, never on how many rows share the call.
+fast/cpu.py compiles this file (a second or two), loads it, and says which functions take the place of which operators.
+
+Names as in precision.py: B rows, T tokens, H heads, KV key/value heads, D head width. Matrices are FP32 and row-major. */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define VL 16                                  /* floats in a vector */
+#define MR 12                                  /* rows of the product's register tile: MR x 2 vectors of sums */
+#elif defined(__AVX__)
+#define VL 8
+#define MR 6
+#else
+#define VL 4
+#define MR 8
+#endif
+#define NR (2 * VL)
+#define QUERIES 60                             /* query rows whose probabilities exist at a time, a multiple of 12 and 6 */
+#define INLINE static inline __attribute__((always_inline))
+#define PARALLEL(work) _Pragma(STRING(omp parallel for schedule(static) if ((work) > 20000)))
+#define STRING(...) #__VA_ARGS__
+
+typedef float vf __attribute__((vector_size(4 * VL), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(4 * VL), aligned(4), may_alias));
+
+INLINE long up(long n, long unit) { return (n + unit - 1) / unit * unit; }
+INLINE long least(long a, long b) { return a < b ? a : b; }
+INLINE vf all(float s) { return s - (vf){}; }
+INLINE vi alli(int32_t s) { return s - (vi){}; }
+INLINE vf pick(vi where, vf yes, vf no) { return (vf)((where & (vi)yes) | (~where & (vi)no)); }
+INLINE vf larger(vf a, vf b) { return pick((a > b) | (a != a), a, b); }                 /* a nan in a stays */
+
+/* m floats at p, the rest of the vector filled up; m is VL but at the end of a row */
+INLINE vf load(const float *p, int m, float fill) {
+    if (m == VL) return *(const vf *)p;
+    vf v = all(fill);
+    memcpy(&v, p, 4 * m);
+    return v;
+}
+INLINE void store(float *p, vf v, int m) {
+    if (m == VL) *(vf *)p = v;
+    else memcpy(p, &v, 4 * m);
+}
+/* EACH(n, body): body for i = 0, VL, 2 VL ... below n, with m floats at i */
+#define EACH(n, ...) { long i = 0; for (; i + VL <= (n); i += VL) { const int m = VL; __VA_ARGS__; } \
+                       if (i < (n)) { const int m = (n) - i; __VA_ARGS__; } }
+
+INLINE float sum(vf v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+#else
+    for (int h = VL / 2; h; h /= 2)
+        for (int i = 0; i < h; i++) v[i] += v[i + h];
+    return v[0];
+#endif
+}
+
+INLINE float greatest(vf v) {                       /* nan if there is one */
+    float g = v[0];
+    for (int i = 1; i < VL; i++) g = v[i] > g || v[i] != v[i] ? v[i] : g;
+    return g;
+}
+
+/* e^x for x <= 88, 2 units in the last place; 0 below -87.3, nan for nan */
+INLINE vf vexp(vf x) {
+    vf t = x * 1.44269504f + 12582912.f, n = t - 12582912.f;                            /* n: nearest whole number */
+    vf r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+    vf p = all(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + (r + 1.f);
+    vf y = (vf)((vi)p + ((vi)t << 23));                                                 /* times 2^n: n is in t's last bits */
+    return pick(x < -87.3f, all(0.f), y);
+}
+INLINE vf sigmoid(vf x) {                           /* the smaller of e^x and e^-x, so that nothing overflows */
+    vf e = vexp(-(vf)((vi)x & 0x7fffffff)), s = 1.f / (1.f + e);
+    return pick(x < 0.f, e * s, s);
+}
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+/* Rounding to nearest even, as precision.emulate_ does it; `kind` is known when this is compiled */
+
+typedef struct { int32_t kind, cut; float tiny, big, max; } format;
+enum { FP32, FP16, WIDE, ANY };           /* WIDE: FP32's exponent bits, fewer mantissa bits */
+
+INLINE vf cut_bits(vf x, int cut) {
+    vi b = (vi)x;
+    vi r = (b + (((b >> cut) & 1) + ((1 << (cut - 1)) - 1))) & -(1 << cut);
+    return pick((b & 0x7fffffff) > 0x7f800000, x, (vf)r);                              /* nan stays nan */
+}
+
+INLINE vf any_format(vf x, format f) {
+    vf y = f.cut ? cut_bits(x, f.cut) : x;
+    vf a = (vf)((vi)x & 0x7fffffff), sign = (vf)((vi)x & alli(INT32_MIN));
+    vf sub = (vf)((vi)((a + f.big) - f.big) | (vi)sign);
+    vf inf = (vf)((vi)all(INFINITY) | (vi)sign);
+    y = pick((vi)((vf)((vi)y & 0x7fffffff) > f.max), inf, y);
+    return pick(a < f.tiny, sub, y);
+}
+
+INLINE vf rounded(vf x, const int kind, format f) {
+    if (kind == FP32) return x;
+    if (kind == WIDE) return cut_bits(x, f.cut);
+#if defined(__AVX512F__)
+    if (kind == FP16) return (vf)_mm512_cvtph_ps(_mm512_cvtps_ph((__m512)x, 0));
+#elif defined(__F16C__)
+    if (kind == FP16) return (vf)_mm256_cvtph_ps(_mm256_cvtps_ph((__m256)x, 0));
+#endif
+    return any_format(x, f);
+}
+
+/* KERNEL(f, ...): the function f_ below it, compiled once for each kind of rounding */
+#define FOR_KINDS(f, call) switch (f.kind) { \
+    case FP32: { const int kind = FP32; call; } break; case FP16: { const int kind = FP16; call; } break; \
+    case WIDE: { const int kind = WIDE; call; } break; default: { const int kind = ANY; call; } }
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+/* One vector at a time */
+
+INLINE void add_(const float *x, const float *y, float *z, long n, format f, const int kind) {
+    PARALLEL(n) for (long b = 0; b < n; b += 4096) {
+        long e = n - b < 4096 ? n - b : 4096;
+        const float *xb = x + b, *yb = y ? y + b : 0;
+        float *zb = z + b;
+        if (yb) EACH(e, store(zb + i, rounded(load(xb + i, m, 0) + load(yb + i, m, 0), kind, f), m))
+        else EACH(e, store(zb + i, rounded(load(xb + i, m, 0), kind, f), m))
+    }
+}
+/* z = round(x + y), or round(x) without y; z may be x */
+void add(const float *x, const float *y, float *z, long n, format *f) { FOR_KINDS((*f), add_(x, y, z, n, *f, kind)) }
+
+INLINE void swiglu_(const float *x, float *y, long rows, long F, format f, const int kind) {
+    PARALLEL(rows * F) for (long r = 0; r < rows; r++) {
+        const float *g = x + r * 2 * F, *v = g + F;
+        float *o = y + r * F;
+        EACH(F, {
+            vf a = load(g + i, m, 0);
+            store(o + i, rounded(a * sigmoid(a) * load(v + i, m, 0), kind, f), m);
+        })
+    }
+}
+/* x (rows, 2F) -> silu(first half) * second half */
+void swiglu(const float *x, float *y, long rows, long F, format *f) { FOR_KINDS((*f), swiglu_(x, y, rows, F, *f, kind)) }
+
+INLINE void swiglu_back_(const float *x, const float *dy, float *dx, long rows, long F, format f, const int kind) {
+    PARALLEL(rows * F) for (long r = 0; r < rows; r++) {
+        const float *g = x + r * 2 * F, *v = g + F, *d = dy + r * F;
+        float *dg = dx + r * 2 * F, *dv = dg + F;
+        EACH(F, {
+            vf a = load(g + i, m, 0), b = load(v + i, m, 0), c = load(d + i, m, 0);
+            vf s = sigmoid(a);
+            store(dv + i, rounded(c * (a * s), kind, f), m);
+            store(dg + i, rounded(c * b * (s * (1.f + a * (1.f - s))), kind, f), m);
+        })
+    }
+}
+void swiglu_back(const float *x, const float *dy, float *dx, long rows, long F, format *f) {
+    FOR_KINDS((*f), swiglu_back_(x, dy, dx, rows, F, *f, kind))
+}
+
+INLINE void rope_(float *x, float *q, float *k, float *v, const long *strides, long B, long T, long H, long KV, long D,
+                  const float *cos, const float *sin, long table, const int back, format f, const int kind) {
+    PARALLEL(B * T * (H + KV) * D) for (long bt = 0; bt < B * T; bt++) {
+        long b = bt / T, t = bt % T;
+        const float *c = cos + b * table + t * D / 2, *s = sin + b * table + t * D / 2;
+        for (long h = 0; h < H + 2 * KV; h++) {
+            const int which = (h >= H) + (h >= H + KV);
+            const long *st = strides + 3 * which;
+            float *p = x + (bt * (H + 2 * KV) + h) * D, *o = which == 0 ? q : which == 1 ? k : v;
+            o += b * st[0] + (h - (which == 0 ? 0 : which == 1 ? H : H + KV)) * st[1] + t * st[2];
+            if (which == 2) memcpy(back ? p : o, back ? o : p, 4 * D);
+            else if (back) EACH(D / 2, {                                /* the inverse of a rotation by a is one by -a */
+                vf ci = load(c + i, m, 0), si = load(s + i, m, 0), y = load(o + i, m, 0), z = load(o + D / 2 + i, m, 0);
+                store(p + i, rounded(y * ci + z * si, kind, f), m);
+                store(p + D / 2 + i, rounded(z * ci - y * si, kind, f), m);
+            })
+            else EACH(D / 2, {
+                vf ci = load(c + i, m, 0), si = load(s + i, m, 0), y = load(p + i, m, 0), z = load(p + D / 2 + i, m, 0);
+                store(o + i, rounded(y * ci - z * si, kind, f), m);
+                store(o + D / 2 + i, rounded(z * ci + y * si, kind, f), m);
+            })
+        }
+    }
+}
+/* x (B, T, H + 2 KV, D) <-> q, k rotated by the tables cos, sin (T, D/2), a table a row if `table` is not 0, and v as it is;
+   strides: row, head and token of q, of k and of v */
+void rope(float *x, float *q, float *k, float *v, const long *strides, long B, long T, long H, long KV, long D,
+          const float *cos, const float *sin, long table, long back, format *f) {
+    if (back) FOR_KINDS((*f), rope_(x, q, k, v, strides, B, T, H, KV, D, cos, sin, table, 1, *f, kind))
+    else FOR_KINDS((*f), rope_(x, q, k, v, strides, B, T, H, KV, D, cos, sin, table, 0, *f, kind))
+}
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+/* One row at a time */
+
+INLINE void rms_norm_(const float *x, const float *w, float eps, float *y, float *scale, long rows, long C, format f,
+                      const int kind) {
+    PARALLEL(rows * C) for (long r = 0; r < rows; r++) {
+        const float *p = x + r * C;
+        vf q = {};
+        EACH(C, { vf a = load(p + i, m, 0); q += a * a; })
+        float s = 1.f / sqrtf(sum(q) / C + eps);
+        scale[r] = s;
+        EACH(C, store(y + r * C + i, rounded(load(p + i, m, 0) * s * load(w + i, m, 0), kind, f), m))
+    }
+}
+/* x / sqrt(mean(x^2) + eps) * w; scale (rows) keeps 1 / sqrt(...) for the way back */
+void rms_norm(const float *x, const float *w, float eps, float *y, float *scale, long rows, long C, format *f) {
+    FOR_KINDS((*f), rms_norm_(x, w, eps, y, scale, rows, C, *f, kind))
+}
+
+INLINE void rms_norm_back_(const float *x, const float *w, const float *scale, const float *dy, float *dx, float *dw,
+                           long rows, long C, long parts, format f, const int kind) {
+    PARALLEL(rows * C) for (long part = 0; part < parts; part++) {       /* dw (parts, C): a row a part, summed by the caller */
+        float *dwp = dw + part * C;
+        memset(dwp, 0, 4 * C);
+        for (long r = rows * part / parts; r < rows * (part + 1) / parts; r++) {
+            const float *p = x + r * C, *d = dy + r * C;
+            vf q = {};
+            EACH(C, {
+                vf t = load(d + i, m, 0) * (load(p + i, m, 0) * scale[r]);
+                q += t * load(w + i, m, 0);
+                store(dwp + i, load(dwp + i, m, 0) + t, m);
+            })
+            float mean = sum(q) / C;
+            EACH(C, store(dx + r * C + i, rounded((load(d + i, m, 0) * load(w + i, m, 0)
+                                                   - load(p + i, m, 0) * scale[r] * mean) * scale[r], kind, f), m))
+        }
+    }
+}
+void rms_norm_back(const float *x, const float *w, const float *scale, const float *dy, float *dx, float *dw, long rows,
+                   long C, long parts, format *f) {
+    FOR_KINDS((*f), rms_norm_back_(x, w, scale, dy, dx, dw, rows, C, parts, *f, kind))
+}
+
+typedef struct { float top, total, dot; } softmax_sums;
+
+/* row -> e^x with x = row - its maximum, in place; returns the maximum, the sum of e^x, and if asked for that of x e^x */
+INLINE softmax_sums exponentials(float *row, long V, const int with_dot) {
+    vf g = all(-INFINITY), q = {}, d = {};
+    EACH(V, g = larger(load(row + i, m, -INFINITY), g))
+    float top = greatest(g);
+    EACH(V, {
+        vf x = load(row + i, m, -INFINITY) - top, e = vexp(x);
+        store(row + i, e, m);
+        q += e;
+        if (with_dot) d += pick(x < -87.3f, all(0.f), x * e);
+    })
+    return (softmax_sums){top, sum(q), with_dot ? sum(d) : 0};
+}
+INLINE void tempered(float *row, long V, float temperature) {
+    if (temperature != 1.f) EACH(V, store(row + i, load(row + i, m, 0) / temperature, m))
+}
+
+/* logits (N, V), overwritten with the probabilities -> log-prob of targets (N), entropy (N) */
+void token_logprobs(float *logits, const int64_t *targets, float temperature, float *logp, float *entropy, long N, long V) {
+    PARALLEL(N * V) for (long r = 0; r < N; r++) {
+        float *row = logits + r * V;
+        tempered(row, V, temperature);
+        float target = row[targets[r]];
+        softmax_sums s = exponentials(row, V, 1);
+        float log_total = logf(s.total), inverse = 1.f / s.total;
+        EACH(V, store(row + i, load(row + i, m, 0) * inverse, m))
+        logp[r] = (target - s.top) - log_total;
+        entropy[r] = log_total - s.dot * inverse;
+    }
+}
+
+INLINE void token_logprobs_back_(float *p, const int64_t *targets, float temperature, const float *dlogp, long N, long V,
+                                 format f, const int kind) {
+    PARALLEL(N * V) for (long r = 0; r < N; r++) {
+        float *row = p + r * V, d = -dlogp[r] / temperature;
+        row[targets[r]] -= 1.f;                                         /* d logp / d logits = onehot - softmax */
+        EACH(V, store(row + i, rounded(load(row + i, m, 0) * d, kind, f), m))
+    }
+}
+/* probabilities (N, V), overwritten with the logits' gradient */
+void token_logprobs_back(float *p, const int64_t *targets, float temperature, const float *dlogp, long N, long V, format *f) {
+    FOR_KINDS((*f), token_logprobs_back_(p, targets, temperature, dlogp, N, V, *f, kind))
+}
+
+/* logits (N, V), overwritten; u (N) in [0, 1) -> a token drawn from softmax(logits / temperature), and its log-prob.
+   The first token at which the cumulative sum passes u times the total: it has a probability above 0. */
+void draw(float *logits, const float *u, float temperature, int64_t *token, float *logp, long N, long V) {
+    PARALLEL(N * V) for (long r = 0; r < N; r++) {
+        float *row = logits + r * V, before = 0, total = 0;
+        tempered(row, V, temperature);
+        softmax_sums s = exponentials(row, V, 0);
+        EACH(V, total += sum(load(row + i, m, 0)))
+        float goal = u[r] * total;
+        long found = 0, left = 0;
+        for (; left < V; left += VL) {                                  /* a vector at a time, then within it */
+            float next = before + sum(load(row + left, least(VL, V - left), 0));
+            if (next > goal) break;
+            before = next;
+        }
+        for (long j = left; j < V && j < left + VL; j++) {
+            if (row[j] > 0) found = j;                                  /* the last one, should rounding pass over all */
+            if ((before += row[j]) > goal) break;
+        }
+        token[r] = found;
+        logp[r] = logf(row[found]) - logf(s.total);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+/* Matrix products: each number of the result is a sum from its first term to its last, whatever the number of rows */
+
+/* c (m, NR) = a b + start, K terms, in registers; a[i, k] at a[i * rs + k * ks], b[k] at b + k * bs. `more`: start is c,
+   else the bias (which may be missing). `last`: the sum is complete and is rounded. */
+INLINE void tile_(const int m, const float *a, long rs, long ks, const float *b, long bs, long K, float *c, long cs, int more,
+                  const float *bias, int last, format f, const int kind) {
+    vf acc[MR][2];
+    for (int i = 0; i < m; i++) for (int j = 0; j < 2; j++) acc[i][j] = more ? *(vf *)(c + i * cs + j * VL) : (vf){};
+    for (long k = 0; k < K; k++) {
+        vf b0 = *(const vf *)(b + k * bs), b1 = *(const vf *)(b + k * bs + VL);
+        for (int i = 0; i < m; i++) {
+            vf s = all(a[i * rs + k * ks]);
+            acc[i][0] += s * b0;
+            acc[i][1] += s * b1;
+        }
+    }
+    if (last && bias) for (int i = 0; i < m; i++) for (int j = 0; j < 2; j++) acc[i][j] += *(const vf *)(bias + j * VL);
+    if (last) for (int i = 0; i < m; i++) for (int j = 0; j < 2; j++) *(vf *)(c + i * cs + j * VL) = rounded(acc[i][j], kind, f);
+    else for (int i = 0; i < m; i++) for (int j = 0; j < 2; j++) *(vf *)(c + i * cs + j * VL) = acc[i][j];
+}
+#define CASES(m, call) switch (m) { \
+    CASE(1, call) CASE(2, call) CASE(3, call) CASE(4, call) CASE(5, call) CASE(6, call) \
+    CASE(7, call) CASE(8, call) CASE(9, call) CASE(10, call) CASE(11, call) CASE(12, call) }
+#define CASE(n, call) case n: if (n <= MR) { const int rows = n <= MR ? n : 1; call; } break;
+
+/* the tile of attention: nothing is rounded */
+static void tile(int m, const float *a, long rs, long ks, const float *b, long bs, long K, float *c, long cs, int more) {
+    CASES(m, tile_(rows, a, rs, ks, b, bs, K, c, cs, more, 0, 0, (format){0}, FP32))
+}
+
+/* w (N, K) with the given strides -> panels (N / NR, K, NR), zeros behind the last row: the order in which products read it */
+void pack(const float *w, long stride_n, long stride_k, float *panels, long N, long K) {
+    PARALLEL(N * K) for (long p = 0; p < up(N, NR); p += NR)
+        for (long k = 0; k < K; k++)
+            for (long j = 0; j < NR; j++) panels[p * K + k * NR + j] = p + j < N ? w[(p + j) * stride_n + k * stride_k] : 0;
+}
+
+long panel_width(void) { return NR; }
+
+#define ROWS 192                                   /* rows whose sums are in work at a time: they stay in the second cache */
+#define TERMS 384                                  /* ... and terms: with 2 VL columns of weights they stay in the first */
+
+static void panel_tile(int m, const float *x, long K, const float *w, long terms, float *y, long N, int more, const float *bias,
+                       int last, format f) {
+    FOR_KINDS(f, CASES(m, tile_(rows, x, K, 1, w, NR, terms, y, N, more, bias, last, f, kind)))
+}
+
+/* y (M, N) = round(x (M, K) w^T + bias), w as pack left it; bias padded with zeros to a multiple of NR, or missing */
+void linear(const float *x, const float *w, const float *bias, float *y, long M, long N, long K, long threads, format *f) {
+    long parts = up((M + ROWS - 1) / ROWS, threads), rows = up((M + parts - 1) / parts, MR), panels = (N + NR - 1) / NR;
+    parts = (M + rows - 1) / rows;
+    long groups = parts >= threads ? 1 : least(panels, threads);        /* few rows: share out the columns */
+    PARALLEL(M * N * K / 64) for (long part = 0; part < parts * groups; part++) {
+        long i0 = part / groups * rows, i1 = least(i0 + rows, M), g = part % groups;
+        float edge[MR * NR];
+        for (long k = 0; k < K; k += TERMS) for (long p = panels * g / groups; p < panels * (g + 1) / groups; p++) {
+            const float *wp = w + p * NR * K, *bp = bias ? bias + p * NR : 0;
+            for (long i = i0; i < i1; i += MR) {
+                int m = least(MR, i1 - i);
+                if (p * NR + NR <= N) {
+                    panel_tile(m, x + i * K + k, K, wp + k * NR, least(TERMS, K - k), y + i * N + p * NR, N, k > 0, bp,
+                               k + TERMS >= K, *f);
+                } else if (k == 0) {                                    /* the last columns, where a vector would reach too far */
+                    panel_tile(m, x + i * K, K, wp, K, edge, NR, 0, bp, 1, *f);
+                    for (int r = 0; r < m; r++) memcpy(y + (i + r) * N + p * NR, edge + r * NR, 4 * (N - p * NR));
+                }
+            }
+        }
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+/* Attention: a (row, key head) pair at a time, the query heads that share it one after another */
+
+typedef struct {                    /* shapes and strides (row, head, token) of one call; features are next to each other */
+    int64_t B, H, KV, Tq, Tk, D, causal, q[3], k[3], v[3], o[3], dout[3], dq[3], dk[3], dv[3], mask[2];
+} shape;
+#define AT(p, s, b, h, t) ((p) + (b) * (s)[0] + (h) * (s)[1] + (t) * (s)[2])
+
+/* (T, D) with rows `stride` apart, times scale -> (T / NR, D, NR), zeros behind the end */
+static void turn(const float *x, long stride, float scale, float *y, long T, long D) {
+    for (long p = 0; p < T; p += NR)
+        for (long d = 0; d < D; d++)
+            for (long j = 0; j < NR; j++) y[p * D + d * NR + j] = p + j < T ? x[(p + j) * stride + d] * scale : 0;
+}
+
+/* scores of one query: -inf where it may not look */
+INLINE void hide(float *s, long n, long seen, const uint8_t *mask) {
+    if (mask) for (long j = 0; j < seen; j++) if (!mask[j]) s[j] = -INFINITY;
+    for (long j = seen; j < n; j++) s[j] = -INFINITY;
+}
+#define MASK(b, t) (mask ? mask + (b) * s->mask[0] + (t) * s->mask[1] : 0)
+
+INLINE void attention_(const float *q, const float *k, const float *v, const uint8_t *mask, float *out, float *sums,
+                       const shape *s, format f, const int kind) {
+    const long D = s->D, Tq = s->Tq, Tk = s->Tk, W = up(Tk, NR), G = s->H / s->KV;
+    _Pragma("omp parallel") {
+        float *Kt = malloc(4 * W * D), *S = malloc(4 * MR * W), O[MR * NR];
+        _Pragma("omp for schedule(static)") for (long bk = 0; bk < s->B * s->KV; bk++) {
+            long b = bk / s->KV, kv = bk % s->KV;
+            turn(AT(k, s->k, b, kv, 0), s->k[2], 1.f / sqrtf(D), Kt, Tk, D);
+            for (long h = kv * G; h < (kv + 1) * G; h++) for (long t = 0; t < Tq; t += MR) {
+                int m = least(MR, Tq - t);
+                long n = s->causal ? t + m : Tk, N = up(n, NR);
+                float inverse[MR], *keep = sums + ((b * s->H + h) * Tq + t) * 2;
+                for (long p = 0; p < n; p += NR) tile(m, AT(q, s->q, b, h, t), s->q[2], 1, Kt + p * D, NR, D, S + p, W, 0);
+                for (long i = 0; i < m; i++) {
+                    hide(S + i * W, N, s->causal ? t + i + 1 : Tk, MASK(b, t + i));
+                    softmax_sums x = exponentials(S + i * W, N, 0);
+                    keep[2 * i] = x.top, keep[2 * i + 1] = inverse[i] = 1.f / x.total;
+                }
+                for (long d = 0; d < D; d += NR) {
+                    tile(m, S, W, 1, AT(v, s->v, b, kv, 0) + d, s->v[2], n, O, NR, 0);
+                    for (long i = 0; i < m; i++) for (long j = 0; j < NR; j += VL)
+                        *(vf *)(AT(out, s->o, b, h, t + i) + d + j) = rounded(*(vf *)(O + i * NR + j) * inverse[i], kind, f);
+                }
+            }
+        }
+        free(Kt), free(S);
+    }
+}
+/* softmax(q k^T / sqrt(D)) v; sums (B, H, Tq, 2): largest score and 1 / sum of exponentials, for the way back */
+void attention(const float *q, const float *k, const float *v, const uint8_t *mask, float *out, float *sums, const shape *s,
+               format *f) {
+    FOR_KINDS((*f), attention_(q, k, v, mask, out, sums, s, *f, kind))
+}
+
+INLINE void attention_back_(const float *q, const float *k, const float *v, const uint8_t *mask, const float *sums,
+                            const float *dout, float *dq, float *dk, float *dv, const shape *s, format f, const int kind) {
+    const long D = s->D, Tq = s->Tq, Tk = s->Tk, W = up(Tk, NR), G = s->H / s->KV;
+    const float scale = 1.f / sqrtf(D);
+    _Pragma("omp parallel") {
+        float *Kt = malloc(4 * W * D), *Vt = malloc(4 * W * D), *dK = malloc(4 * W * D), *dV = malloc(4 * W * D);
+        float *P = malloc(4 * QUERIES * W), *dS = malloc(4 * QUERIES * W), O[MR * NR];
+        _Pragma("omp for schedule(static)") for (long bk = 0; bk < s->B * s->KV; bk++) {
+            long b = bk / s->KV, kv = bk % s->KV;
+            const float *kb = AT(k, s->k, b, kv, 0);
+            turn(kb, s->k[2], scale, Kt, Tk, D), turn(AT(v, s->v, b, kv, 0), s->v[2], 1, Vt, Tk, D);
+            memset(dK, 0, 4 * Tk * D), memset(dV, 0, 4 * Tk * D);
+            for (long h = kv * G; h < (kv + 1) * G; h++) for (long t0 = 0; t0 < Tq; t0 += QUERIES) {
+                long c = least(QUERIES, Tq - t0), seen = s->causal ? t0 + c : Tk;
+                for (long t = t0; t < t0 + c; t += MR) {
+                    int m = least(MR, t0 + c - t);
+                    long n = s->causal ? t + m : Tk, N = up(n, NR), rest = up(seen, NR) - N;
+                    const float *kept = sums + ((b * s->H + h) * Tq + t) * 2;
+                    float *Pt = P + (t - t0) * W, *dSt = dS + (t - t0) * W;
+                    for (long p = 0; p < n; p += NR) {
+                        tile(m, AT(q, s->q, b, h, t), s->q[2], 1, Kt + p * D, NR, D, Pt + p, W, 0);
+                        tile(m, AT(dout, s->dout, b, h, t), s->dout[2], 1, Vt + p * D, NR, D, dSt + p, W, 0);
+                    }
+                    for (long i = 0; i < m; i++) {
+                        float *p = Pt + i * W, *ds = dSt + i * W, top = kept[2 * i], inverse = kept[2 * i + 1];
+                        vf both = {};
+                        hide(p, N, s->causal ? t + i + 1 : Tk, MASK(b, t + i));
+                        for (long j = 0; j < N; j += VL) {
+                            vf e = *(vf *)(p + j) = vexp(*(vf *)(p + j) - top) * inverse;
+                            both += e * *(vf *)(ds + j);
+                        }
+                        float mean = sum(both);                         /* of dP under P: what softmax takes away */
+                        for (long j = 0; j < N; j += VL) *(vf *)(ds + j) = *(vf *)(p + j) * (*(vf *)(ds + j) - mean) * scale;
+                        memset(p + N, 0, 4 * rest), memset(ds + N, 0, 4 * rest);
+                    }
+                    for (long d = 0; d < D; d += NR) {
+                        tile(m, dSt, W, 1, kb + d, s->k[2], n, O, NR, 0);
+                        for (long i = 0; i < m; i++) for (long j = 0; j < NR; j += VL)
+                            *(vf *)(AT(dq, s->dq, b, h, t + i) + d + j) = rounded(*(vf *)(O + i * NR + j), kind, f);
+                    }
+                }
+                for (long j = 0; j < seen; j += MR) for (long d = 0; d < D; d += NR) {
+                    int m = least(MR, seen - j);
+                    tile(m, dS + j, 1, W, AT(q, s->q, b, h, t0) + d, s->q[2], c, dK + j * D + d, D, 1);
+                    tile(m, P + j, 1, W, AT(dout, s->dout, b, h, t0) + d, s->dout[2], c, dV + j * D + d, D, 1);
+                }
+            }
+            for (long t = 0; t < Tk; t++) for (long d = 0; d < D; d += VL) {
+                *(vf *)(AT(dk, s->dk, b, kv, t) + d) = rounded(*(vf *)(dK + t * D + d), kind, f);
+                *(vf *)(AT(dv, s->dv, b, kv, t) + d) = rounded(*(vf *)(dV + t * D + d), kind, f);
+            }
+        }
+        free(Kt), free(Vt), free(dK), free(dV), free(P), free(dS);
+    }
+}
+void attention_back(const float *q, const float *k, const float *v, const uint8_t *mask, const float *sums, const float *dout,
+                    float *dq, float *dk, float *dv, const shape *s, format *f) {
+    FOR_KINDS((*f), attention_back_(q, k, v, mask, sums, dout, dq, dk, dv, s, *f, kind))
+}
+
+/* One query: n vectors wide, the keys read where they lie in the cache */
+INLINE void decode_head(const int n, const float *q, const float *k, long ks, const float *v, long vs, const uint8_t *mask,
+                        float *p, float *out, long Tk, float scale, format f, const int kind) {
+    vf w[16], o[16];
+    for (int i = 0; i < n; i++) w[i] = *(const vf *)(q + i * VL), o[i] = (vf){};
+    for (long t = 0; t < Tk; t++) {
+        vf a = w[0] * *(const vf *)(k + t * ks);
+        for (int i = 1; i < n; i++) a += w[i] * *(const vf *)(k + t * ks + i * VL);
+        p[t] = mask && !mask[t] ? -INFINITY : sum(a) * scale;
+    }
+    float inverse = 1.f / exponentials(p, Tk, 0).total;
+    for (long t = 0; t < Tk; t++) {
+        vf e = all(p[t]);
+        for (int i = 0; i < n; i++) o[i] += e * *(const vf *)(v + t * vs + i * VL);
+    }
+    for (int i = 0; i < n; i++) *(vf *)(out + i * VL) = rounded(o[i] * inverse, kind, f);
+}
+INLINE void decode_(const float *q, const float *k, const float *v, const uint8_t *mask, float *out, const shape *s, format f,
+                    const int kind) {
+    const long Tk = s->Tk, G = s->H / s->KV, n = s->D / VL;
+    const float scale = 1.f / sqrtf(s->D);
+    _Pragma("omp parallel") {
+        float *p = malloc(4 * up(Tk, NR));
+        _Pragma("omp for schedule(static)") for (long b = 0; b < s->B; b++) for (long h = 0; h < s->H; h++) {
+            const float *qh = AT(q, s->q, b, h, 0), *kh = AT(k, s->k, b, h / G, 0), *vh = AT(v, s->v, b, h / G, 0);
+            const uint8_t *mb = MASK(b, 0);
+            float *oh = AT(out, s->o, b, h, 0);
+#define WIDE(c) case c: decode_head(c, qh, kh, s->k[2], vh, s->v[2], mb, p, oh, Tk, scale, f, kind); break;
+            switch (n) { WIDE(2) WIDE(4) WIDE(6) WIDE(8) WIDE(10) WIDE(12) WIDE(14) WIDE(16) }
+        }
+        free(p);
+    }
+}
+/* attention with Tq = 1; D at most 16 vectors */
+void decode(const float *q, const float *k, const float *v, const uint8_t *mask, float *out, const shape *s, format *f) {
+    FOR_KINDS((*f), decode_(q, k, v, mask, out, s, *f, kind))
+}
