@@ -67,6 +67,12 @@ class KVCache:
         new.k, new.v = (nn.functional.pad(t[:, index], (0, 0, 0, room)) if room else t[:, index] for t in (self.k, self.v))
         return new
 
+    def part(self, rows, length, longest):
+        """The first `rows` rows, in the same memory, with (rows,) lengths of their own."""
+        new = object.__new__(KVCache)
+        new.k, new.v, new.length, new.longest = self.k[:, :rows], self.v[:, :rows], length, longest
+        return new
+
     def append(self, layer, k, v):
         """Write k, v (B, KV, T, D) behind what is there; returns all keys and values up to the longest row's end."""
         T = k.shape[2]

@@ -142,6 +142,7 @@ class Numerics:
         on_tensor_cores = self.device.type == "cuda" and self.fmt.native is not None
         self.dtype = self.fmt.native if on_tensor_cores else torch.float32
         self.emulated = self.dtype == torch.float32 and self.fmt.name != "fp32"
+        self.operators = "torch's"
         self.where = ""        # the layer at work, for messages
         self.spy = None
         self._rounded = {}
@@ -230,6 +231,10 @@ class Numerics:
         assert mask is not None or q.shape[2] in (1, k.shape[2])
         if self.dtype == torch.float32:
             return self._apply(_Attention, q, k, v, mask)
+        if q.shape[2] == 1 and q.shape[1] != k.shape[1]:                 # one query: heads that share a key head become queries
+            B, H, _, D = q.shape
+            y = F.scaled_dot_product_attention(q.view(B, k.shape[1], -1, D), k, v, attn_mask=mask)
+            return self._out(y.reshape(B, H, 1, D))
         causal, grouped = mask is None and q.shape[2] > 1, q.shape[1] != k.shape[1]
         if grouped and mask is not None:                          # no fused kernel takes a mask and grouped heads
             k, v, grouped = *(t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v)), False
@@ -400,7 +405,7 @@ class _Rope(torch.autograd.Function):
         for d, out in ((dq, q), (dk, k)):
             turned = _rotate(d, cos, -sin, torch.empty(d.shape, dtype=torch.float32, device=d.device))
             out.copy_(ctx.num._out(turned, "backward", ctx.where))
-        v.copy_(dv)
+        v.copy_(ctx.num._out(ctx.num.rounded(dv), "backward", ctx.where))
         return dx, None, None, None, None, None
 
 
@@ -538,7 +543,8 @@ def make_scaler(num, init_scale=2.0 ** 16):
 def banner(rollout, train, scaler):
     """One line: what is computed in which format, and why."""
     where = (
-        torch.cuda.get_device_name(train.device) if train.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        torch.cuda.get_device_name(train.device) if train.device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads, {train.operators} operators"
     )
     how = "FP32 GEMM, result rounded (a CPU's own half GEMM is slow, a GPU has none of this format)" if train.emulated else \
         "FP32" if train.dtype == torch.float32 else "FP32 on tensor cores, 16-bit reductions off"

@@ -21,8 +21,9 @@ import tiktoken
 import torch
 
 from data import TASKS, draw_problems, make_task, stream
+from fast import numerics
 from model import GPT, GPTConfig, KVCache, load_checkpoint, load_model
-from precision import InputError, Numerics, log_softmax, nearest, pick_device
+from precision import InputError, log_softmax, nearest, pick_device
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer: every byte is a token. Built here, nothing is downloaded. Stop and pad are two tokens: where one id serves as
@@ -68,11 +69,26 @@ class Rollout:
         return [decode(t[s:e]) for t, s, e in zip(tokens, start, end)]
 
 
-class Sampler:
-    """Samples from `model` in the number format that the model uses at the time (model.use)."""
+class EagerStep:
+    """token (R,), u (R,) -> the next token of each row and its log-prob, one operator after another."""
 
-    def __init__(self, model, stop=STOP, pad=PAD):
+    def __init__(self, model, choose, cache):
+        self.model, self.choose, self.cache = model, choose, cache
+
+    def keep(self, index):
+        """Go on with these rows alone."""
+        self.cache = self.cache.rows(index)
+
+    def __call__(self, token, u):
+        return self.choose(self.model(token[:, None], self.cache)[:, 0], u)
+
+
+class Sampler:
+    """Samples from `model` in the number format that the model uses at the time (model.use). fast: CUDA graphs on a GPU."""
+
+    def __init__(self, model, stop=STOP, pad=PAD, fast=True):
         self.model, self.stop, self.pad = model, stop, pad
+        self.graphs = {} if fast and model.embedding.is_cuda else None
 
     def generate(self, prompts, n=1, max_new_tokens=32, temperature=1.0, seed=0):
         """n answers to each prompt -> Rollout of len(prompts) * n rows, a prompt's answers next to each other.
@@ -106,19 +122,29 @@ class Sampler:
     @torch.inference_mode()
     def _decode(self, out, padded, n, noise, temperature):
         model, device = self.model, padded.device
-        ragged = bool((out.prompt_length != out.prompt_length[0]).any())
+
+        def choose(hidden, u):
+            """hidden (R, C) -> a token drawn from the policy, and its log-prob under this very distribution."""
+            logits = model.logits(hidden)                                                    # (R, V)
+            if temperature == 0:
+                return log_softmax(logits, 1.0).max(-1)[::-1]
+            return model.num.draw(logits, u, temperature)
+
         cache = KVCache(model.cfg, *padded.shape, model.num)
         hidden = model(padded, cache)                                                        # each prompt once
         row = torch.arange(len(out.tokens), device=device)                                   # which answers are in the batch
         hidden = hidden[row // n, out.prompt_length - 1]                                      # (R, C)
-        cache = cache.rows(row // n, out.prompt_length.clone() if ragged else None, room=len(noise) - 1)
+        if self.graphs is not None and len(noise) >= 16:                                     # recording takes a few steps' time
+            step = self._graph(choose, out.tokens.shape, temperature).start(cache, row // n, out.prompt_length)
+        else:
+            ragged = bool((out.prompt_length != out.prompt_length[0]).any())
+            step = EagerStep(
+                model, choose, cache.rows(row // n, out.prompt_length.clone() if ragged else None, room=len(noise) - 1)
+            )
+        del cache
         at, done = out.prompt_length, torch.zeros(len(row), dtype=torch.bool, device=device)
-        for t, u in enumerate(noise):
-            logits = model.logits(hidden)                                                    # (rows, V)
-            if temperature:
-                token, logp = model.num.draw(logits, u[row], temperature)
-            else:
-                logp, token = log_softmax(logits, 1.0).max(-1)
+        token, logp = choose(hidden, noise[0])
+        for t in range(len(noise)):
             out.tokens[row, at + t] = torch.where(done, self.pad, token)
             out.logp[row, at + t] = torch.where(done, 0.0, logp)
             out.length[row] += ~done
@@ -130,10 +156,21 @@ class Sampler:
                 alive = (~done).nonzero()[:, 0]
                 if len(alive) == 0:
                     break
-                if len(alive) <= len(row) // 2:                                              # drop the finished rows
+                if len(alive) <= len(row) // 2:                                              # drop finished rows
+                    if self.graphs is not None:                                              # by halves: a graph has its shape
+                        alive = torch.argsort(done, stable=True)[:len(row) // 2]
                     row, at, token, done = row[alive], at[alive], token[alive], done[alive]
-                    cache = cache.rows(alive)
-            hidden = model(token[:, None], cache)[:, 0]
+                    step.keep(alive)
+            token, logp = step(token, noise[t + 1][row])
+
+    def _graph(self, choose, shape, temperature):
+        from fast.graph import GraphStep
+        key = (*shape, temperature, self.model.num)
+        if key not in self.graphs:
+            while len(self.graphs) > 1:                                                      # each holds a KV cache: keep two
+                del self.graphs[next(iter(self.graphs))]
+            self.graphs[key] = GraphStep(self.model, choose, *shape)
+        return self.graphs[key]
 
 
 def pass_at_k(n, c, k):
@@ -268,6 +305,7 @@ def main(argv=None):
     )
     p.add_argument("--precision", default="fp16", help="fp32, tf32, bf16, fp16 or eXmY")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    p.add_argument("--fast", action=argparse.BooleanOptionalAction, default=True, help="compiled operators, CUDA graphs")
     p.add_argument("--seed", type=ranged(int, 0, 2 ** 63 - 1), default=0, help="the same seed gives the same answers")
     p.add_argument("--json", action="store_true", help="one JSON object an answer: prompt, text, tokens, logp")
     p.add_argument("--eval", action="store_true", help="unbiased pass@k on fresh problems of the model's task")
@@ -275,7 +313,7 @@ def main(argv=None):
     p.add_argument("--bench", action="store_true", help="time the sampler over batch sizes (random weights without --model)")
     a = p.parse_args(argv)
     device = pick_device(a.device)
-    num = Numerics(a.precision, device)
+    num = numerics(a.precision, device, a.fast)
     if not (a.prompt or a.eval or a.bench):
         raise InputError("nothing to do: give --prompt TEXT, --eval or --bench")
     if a.model:
@@ -296,7 +334,7 @@ def main(argv=None):
             raise InputError(
                 f"the prompt has {len(tokens)} tokens, the model's context is {model.cfg.context}: no room for an answer"
             )
-        out = Sampler(model).generate([tokens], a.n, a.max_new_tokens or room, a.temperature, a.seed)
+        out = Sampler(model, fast=a.fast).generate([tokens], a.n, a.max_new_tokens or room, a.temperature, a.seed)
         for r, text in enumerate(out.texts()):
             span = slice(len(tokens), int(out.length[r]))
             if a.json:
@@ -312,7 +350,7 @@ def main(argv=None):
             raise InputError("--eval needs a model that was trained on a task of data/")
         n = a.n if a.n > 1 else 16
         problems = draw_problems(task, a.problems, stream(a.seed, 9))
-        right = solve(Sampler(model), task, problems, n, (a.seed, 10), a.max_new_tokens, a.temperature)
+        right = solve(Sampler(model, fast=a.fast), task, problems, n, (a.seed, 10), a.max_new_tokens, a.temperature)
         ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k <= n]
         scores = {k: float(np.mean([pass_at_k(n, c, k) for c in right])) for k in ks}
         if a.json:

@@ -36,8 +36,9 @@ import torch
 
 from data import TASKS, Problem, draw_problems, load_problems, make_task, stream
 from data.base import clock, get_base, gpt_config
+from fast import library, numerics
 from model import load_checkpoint, load_model, save_checkpoint
-from precision import InputError, Numerics, banner, make_scaler, mismatch, parse_format, pick_device, reproducible
+from precision import InputError, banner, make_scaler, mismatch, parse_format, pick_device, reproducible
 from sample import Parser, Sampler, encode, number, run_main, solve
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,7 +102,8 @@ class Config:
     train_precision: str = opt("", "... of the training alone")
     init_scale: float = opt(2.0 ** 16, "first loss scale, for formats that need one", 1.0, 2.0 ** 40)
     # size of the pieces
-    micro_batch: int = opt(32, "answers per forward and backward pass", 1, 10 ** 5)
+    micro_batch: int = opt(128, "answers per forward and backward pass", 1, 10 ** 5)
+    fast: bool = opt(True, "compiled operators on a CPU, CUDA graphs on a GPU; --no-fast: the plain ones, to read and to compare")
     rollout_rows: int = opt(512, "answers decoded at once while choosing and evaluating", 1, 10 ** 6)
     # measuring and keeping
     heldout: int = opt(256, "problems, not in the pool, for pass@1 before and after (0: none)", 0, 10 ** 6)
@@ -126,12 +128,12 @@ GPU = dict(digits=20, noise=0.025, n_layers=8, width=512, n_heads=8, n_kv_heads=
 
 # A verdict is given for the test as it stands. These settings may differ: they say how and where it runs, not what it asks.
 FREE = set("""preset device seed base_seed out resume precision rollout_precision train_precision init_scale algo micro_batch
-              rollout_rows save_every sample_every plot bench""".split())
+              rollout_rows fast save_every sample_every plot bench""".split())
 
 
 # What a resumed run may be told anew. A model's shape is compared with the checkpoint's and refused there, with both numbers.
 CAN_CHANGE_ON_RESUME = set("""resume device steps precision rollout_precision train_precision algo lr lr_warmup lr_schedule
-    clip_low clip_high grad_clip micro_batch rollout_rows eval_tries save_every sample_every plot bench
+    clip_low clip_high grad_clip micro_batch rollout_rows fast eval_tries save_every sample_every plot bench
     n_layers width n_heads n_kv_heads mlp_width""".split())
 
 
@@ -463,13 +465,15 @@ def train(cfg, given, run):
     device = pick_device(cfg.device)
     task = make_task(cfg.task, cfg.digits, cfg.noise)
     resumed = load_checkpoint(cfg.resume, device) if cfg.resume else None
-    rollout_num, train_num = Numerics(cfg.rollout_format, device), Numerics(cfg.train_format, device)
+    rollout_num, train_num = (numerics(f, device, cfg.fast) for f in (cfg.rollout_format, cfg.train_format))
     if rollout_num.fmt == train_num.fmt:
         rollout_num = train_num                                         # literally the same rounded weights
     scaler = make_scaler(train_num, cfg.init_scale)
     say(f"preset {cfg.preset}: {'asked for' if 'preset' in given else 'the device is ' + device.type}"
         + "".join(f" | {k} {v}" for k, v in given.items() if k not in ("preset", "out", "resume")))
     say(banner(rollout_num, train_num, scaler))
+    if device.type == "cpu" and cfg.fast and not library()[0]:
+        say(f"note: torch's operators, about half as fast as the compiled ones: {library()[1]}")
 
     changed = changed_settings(cfg)
 
@@ -486,7 +490,7 @@ def train(cfg, given, run):
         num.hold(model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2), eps=cfg.adam_eps,
                                   weight_decay=0.0, fused=True)
-    sampler = Sampler(model.use(rollout_num))
+    sampler = Sampler(model.use(rollout_num), fast=cfg.fast)
 
     def pass_at_1(problems, purpose):
         model.use(rollout_num)

@@ -8,11 +8,16 @@ A task is an object with
 A task of your own is a class like data/reverse.py and one line in TASKS below.
 """
 import json
+import os
+import pathlib
 from dataclasses import dataclass
 
 import numpy as np
 
 from precision import InputError
+
+# what is made once and kept: base models, compiled operators
+CACHE = pathlib.Path(os.environ.get("TENBIT_CACHE") or pathlib.Path(__file__).resolve().parent.parent / ".cache")
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,17 @@ It stands in for a pretrained checkpoint: right about half of the time, and unab
 import hashlib
 import json
 import math
-import os
-import pathlib
 import time
 
 import numpy as np
 import torch
 
-from data import make_task, stream
+from data import CACHE, make_task, stream
+from fast import library, numerics
 from model import GPT, GPTConfig, load_checkpoint, load_model, save_checkpoint
 from precision import InputError, Numerics, make_scaler, reproducible
 from sample import PAD, STOP, TOKENIZER, encode
 
-CACHE = pathlib.Path(os.environ.get("TENBIT_CACHE") or pathlib.Path(__file__).resolve().parent.parent / ".cache")
 RECIPE = 1          # raise it when the way a base is made changes, so that old ones are not taken for new
 
 
@@ -49,7 +47,8 @@ def find_base(cfg, device, say=print):
     shape = gpt_config(cfg, make_task(cfg.task, cfg.digits, cfg.noise))
     key = dict(recipe=RECIPE, task=cfg.task, digits=cfg.digits, noise=cfg.noise, gpt=shape.__dict__, steps=cfg.base_steps,
                seed=cfg.seed if cfg.base_seed < 0 else cfg.base_seed, batch=cfg.base_batch, lr=cfg.base_lr,
-               precision=cfg.base_precision, device=device.type, torch=torch.__version__)
+               precision=cfg.base_precision, device=device.type, torch=torch.__version__,
+               compiled=device.type == "cpu" and cfg.fast and library()[0] is not None)
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     path = CACHE / f"base-{cfg.task}{cfg.digits}-{name}" / "checkpoint.pt"
     if path.exists():
@@ -78,7 +77,7 @@ def get_base(cfg, device, say=print):
 def train_base(model, task, cfg, seed, say=print):
     """Cross-entropy on the demonstrators' answers, AdamW, a short warm-up and a linear fall to 0."""
     device = model.embedding.device
-    num = Numerics(cfg.base_precision, device).hold(model.parameters())
+    num = numerics(cfg.base_precision, device, cfg.fast).hold(model.parameters())
     model.use(num)
     scaler = make_scaler(num)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.base_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)

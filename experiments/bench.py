@@ -7,8 +7,9 @@ import torch
 
 from data import make_task, stream
 from data.base import gpt_config
+from fast import numerics
 from model import GPT
-from precision import Numerics, make_scaler, pick_device
+from precision import make_scaler, pick_device
 from sample import Sampler, encode, peak_memory
 from train_rl import accumulate_gradient, apply_gradient, say
 
@@ -41,7 +42,7 @@ def bench(cfg):
     model = GPT(gpt_config(cfg, task), device)
     new, rows = task.answer_length, cfg.prompts * cfg.group
     formats = list(dict.fromkeys(("fp32", cfg.train_format)))
-    nums = {f: Numerics(f, device).hold(model.parameters()) for f in formats}
+    nums = {f: numerics(f, device, cfg.fast).hold(model.parameters()) for f in formats}
     prompts = [encode(task.problem(stream(0, i)).prompt) for i in range(cfg.prompts)]
     prompt = sum(map(len, prompts)) / cfg.prompts
     sampler, scaler, optimizer = (

@@ -182,7 +182,8 @@ INLINE void rope_(float *x, float *q, float *k, float *v, const long *strides, l
             const long *st = strides + 3 * which;
             float *p = x + (bt * (H + 2 * KV) + h) * D, *o = which == 0 ? q : which == 1 ? k : v;
             o += b * st[0] + (h - (which == 0 ? 0 : which == 1 ? H : H + KV)) * st[1] + t * st[2];
-            if (which == 2) memcpy(back ? p : o, back ? o : p, 4 * D);
+            if (which == 2 && back) EACH(D, store(p + i, rounded(load(o + i, m, 0), kind, f), m))
+            else if (which == 2) memcpy(o, p, 4 * D);
             else if (back) EACH(D / 2, {                                /* the inverse of a rotation by a is one by -a */
                 vf ci = load(c + i, m, 0), si = load(s + i, m, 0), y = load(o + i, m, 0), z = load(o + D / 2 + i, m, 0);
                 store(p + i, rounded(y * ci + z * si, kind, f), m);
@@ -506,19 +507,21 @@ void attention_back(const float *q, const float *k, const float *v, const uint8_
 }
 
 /* One query: n vectors wide, the keys read where they lie in the cache */
-INLINE void decode_head(const int n, const float *q, const float *k, long ks, const float *v, long vs, const uint8_t *mask,
-                        float *p, float *out, long Tk, float scale, format f, const int kind) {
+INLINE void decode_head(const int n, const float *q, const float *k, long ks, const float *v, long vs, long next,
+                        const uint8_t *mask, float *p, float *out, long Tk, float scale, format f, const int kind) {
     vf w[16], o[16];
     for (int i = 0; i < n; i++) w[i] = *(const vf *)(q + i * VL), o[i] = (vf){};
     for (long t = 0; t < Tk; t++) {
         vf a = w[0] * *(const vf *)(k + t * ks);
         for (int i = 1; i < n; i++) a += w[i] * *(const vf *)(k + t * ks + i * VL);
+        if (next) for (int i = 0; i < n; i += 64 / (4 * VL)) __builtin_prefetch(k + t * ks + next + i * VL);
         p[t] = mask && !mask[t] ? -INFINITY : sum(a) * scale;
     }
     float inverse = 1.f / exponentials(p, Tk, 0).total;
     for (long t = 0; t < Tk; t++) {
         vf e = all(p[t]);
         for (int i = 0; i < n; i++) o[i] += e * *(const vf *)(v + t * vs + i * VL);
+        if (next) for (int i = 0; i < n; i += 64 / (4 * VL)) __builtin_prefetch(v + t * vs + next + i * VL);
     }
     for (int i = 0; i < n; i++) *(vf *)(out + i * VL) = rounded(o[i] * inverse, kind, f);
 }
@@ -532,7 +535,7 @@ INLINE void decode_(const float *q, const float *k, const float *v, const uint8_
             const float *qh = AT(q, s->q, b, h, 0), *kh = AT(k, s->k, b, h / G, 0), *vh = AT(v, s->v, b, h / G, 0);
             const uint8_t *mb = MASK(b, 0);
             float *oh = AT(out, s->o, b, h, 0);
-#define WIDE(c) case c: decode_head(c, qh, kh, s->k[2], vh, s->v[2], mb, p, oh, Tk, scale, f, kind); break;
+#define WIDE(c) case c: decode_head(c, qh, kh, s->k[2], vh, s->v[2], h % G ? 0 : s->k[1], mb, p, oh, Tk, scale, f, kind); break;
             switch (n) { WIDE(2) WIDE(4) WIDE(6) WIDE(8) WIDE(10) WIDE(12) WIDE(14) WIDE(16) }
         }
         free(p);

@@ -60,7 +60,8 @@ def _compile(compiler, path):
     for native in ("-march=native", "-mcpu=native"):                    # x86 says it one way, ARM the other
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             out = pathlib.Path(folder) / path.name
-            command = [compiler, "-O3", native, "-fno-math-errno", "-shared", "-fPIC", str(SOURCE), "-o", str(out), *threads, "-lm"]
+            flags = ["-O3", native, "-fno-math-errno", "-shared", "-fPIC"]
+            command = [compiler, *flags, str(SOURCE), "-o", str(out), *threads, "-lm"]
             done = subprocess.run(command, capture_output=True, text=True, timeout=120)
             if done.returncode == 0:
                 os.replace(out, path)                                   # two runs may compile at the same time
@@ -77,7 +78,7 @@ def keep_memory():
     except (OSError, AttributeError, TypeError):                        # not glibc
         return
     m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3          # malloc.h
-    mallopt(m_mmap_threshold, 1 << 30)
+    mallopt(m_mmap_threshold, 1 << 30) or mallopt(m_mmap_threshold, 32 << 20)        # older ones take no more than 32 MiB
     mallopt(m_trim_threshold, 2 ** 31 - 1)
     mallopt(m_top_pad, 64 << 20)
 
@@ -106,6 +107,10 @@ def _rows(t):
     return t if t.is_contiguous() else t.contiguous()
 
 
+def _or_null(t):
+    return None if t is None else t.data_ptr()
+
+
 def _near(t):
     """t with its features next to each other; rows, heads and tokens may lie anywhere."""
     return t if t.stride(-1) == 1 else t.contiguous()
@@ -117,6 +122,7 @@ class CPUNumerics(Numerics):
 
     def __init__(self, fmt, library):
         super().__init__(fmt, "cpu")
+        self.operators = "compiled"
         self.lib, self.c_format, self.lanes = library, _c_format(self.fmt), library.panel_width()
         self._packed = {}                                               # (master, for the way back?) -> panels
 
@@ -144,7 +150,7 @@ class CPUNumerics(Numerics):
         y = x.new_empty(*x.shape[:-1], N)
         if bias is not None and N % self.lanes:
             bias = F.pad(bias, (0, -N % self.lanes))
-        self.lib.linear(x.data_ptr(), panels.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(), x.numel() // K, N, K,
+        self.lib.linear(x.data_ptr(), panels.data_ptr(), _or_null(bias), y.data_ptr(), x.numel() // K, N, K,
                         torch.get_num_threads(), fmt or self.c_format)
         return y
 
@@ -306,7 +312,7 @@ class _Attention(torch.autograd.Function):
         B, H, Tq, D = q.shape
         out = q.new_empty(B, Tq, H, D).transpose(1, 2)                  # the layout that the next product wants
         shape = _Attention.shape(q, k, v, mask, o=out)
-        at = (q.data_ptr(), k.data_ptr(), v.data_ptr(), None if mask is None else mask.data_ptr(), out.data_ptr())
+        at = (q.data_ptr(), k.data_ptr(), v.data_ptr(), _or_null(mask), out.data_ptr())
         if Tq == 1 and ctx is NO_GRADIENT:
             num.lib.decode(*at, shape, num.c_format)
         else:
@@ -321,9 +327,9 @@ class _Attention(torch.autograd.Function):
         q, k, v, mask, sums = ctx.saved_tensors
         num, dy = ctx.num, _near(dy)
         grads = dq, dk, dv = [t.new_empty(t.shape) for t in (q, k, v)]
-        num.lib.attention_back(q.data_ptr(), k.data_ptr(), v.data_ptr(), None if mask is None else mask.data_ptr(), sums.data_ptr(),
-                               dy.data_ptr(), *(d.data_ptr() for d in grads),
-                               _Attention.shape(q, k, v, mask, dout=dy, dq=dq, dk=dk, dv=dv), num.c_format)
+        shape = _Attention.shape(q, k, v, mask, dout=dy, dq=dq, dk=dk, dv=dv)
+        num.lib.attention_back(q.data_ptr(), k.data_ptr(), v.data_ptr(), _or_null(mask), sums.data_ptr(), dy.data_ptr(),
+                               *(d.data_ptr() for d in grads), shape, num.c_format)
         return (*(num.seen(d, "backward", ctx.where) for d in grads), None, None)
 
 
@@ -343,7 +349,8 @@ class _TokenLogprobs(torch.autograd.Function):
         out = h.new_empty(2, len(targets))
         for s in range(0, len(targets), chunk):
             s = slice(s, s + chunk)
-            p, out[0, s], out[1, s] = _TokenLogprobs.probabilities(num, h[s] if rows is None else h[rows[s]], w, targets[s], temperature)
+            hs = h[s] if rows is None else h[rows[s]]
+            p, out[0, s], out[1, s] = _TokenLogprobs.probabilities(num, hs, w, targets[s], temperature)
             if len(targets) <= chunk:                            # one chunk is all there is: keep it, and save the way back
                 ctx.kept = p
         ctx.mark_non_differentiable(out[1])

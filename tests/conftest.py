@@ -1,17 +1,27 @@
 import pytest
 import torch
 
+import fast
 from model import GPT, GPTConfig
-from precision import Numerics, pick_device
+from precision import pick_device
 
 torch.set_num_threads(2)
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+COMPILED = fast.library()[0] is not None
+DEVICES = ["cpu"] + ["compiled"] * COMPILED + ["cuda"] * torch.cuda.is_available()
+_compiled = [False]
 
 
 @pytest.fixture(params=DEVICES)
 def device(request):
-    """Every test that takes it runs on the CPU and, where there is one, on the GPU."""
-    return pick_device(request.param)
+    """Every test that takes it runs on the CPU with torch's operators, with the compiled ones, and on a GPU if there is one."""
+    _compiled[0] = request.param == "compiled"
+    yield pick_device("cuda" if request.param == "cuda" else "cpu")
+    _compiled[0] = False
+
+
+def numerics(fmt, device="cpu"):
+    """Numerics with the operators that the test is about: compiled ones where the `device` fixture says so."""
+    return fast.numerics(fmt, device, fast=_compiled[0])
 
 
 def tiny(device="cpu", fmt="fp32", gain=1.0, seed=0, **kw):
@@ -25,7 +35,7 @@ def tiny(device="cpu", fmt="fp32", gain=1.0, seed=0, **kw):
                 p.mul_(10 * gain if name == "head" else gain)
             else:
                 p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(7)).to(p) * 0.1)
-    return model.use(Numerics(fmt, device).hold(model.parameters()))
+    return model.use(numerics(fmt, device).hold(model.parameters()))
 
 
 VARIANTS = {"plain": {}, "one head each": dict(n_kv_heads=4), "qwen2.5": dict(qkv_bias=True, tied_head=True),

@@ -6,7 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
+from conftest import numerics, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import sample_without_cache
@@ -14,8 +14,8 @@ from oracle import sample_without_cache
 import sample
 from data import stream
 from model import save_checkpoint
-from precision import InputError, mismatch
-from sample import STOP, Sampler, decode, draw, encode, pass_at_k
+from precision import InputError, Numerics, mismatch
+from sample import STOP, Sampler, decode, encode, pass_at_k
 
 PAD = 66                                             # the last token of the tiny vocabulary
 PROMPTS = [[1, 2, 3], [4] * 9, [5, 6], [7, 8, 9, 10, 11]]
@@ -55,24 +55,31 @@ def test_special_tokens_are_apart_and_never_come_from_text():
 # --- drawing
 
 
-def test_draw_hits_every_token_as_often_as_its_probability_says():
+def test_draw_hits_every_token_as_often_as_its_probability_says(device):
     """u on a regular grid of N points: the count of each token is N p, give or take one. No luck involved."""
-    logp = torch.log_softmax(torch.randn(40, generator=torch.Generator().manual_seed(0)) * 2, -1)
+    logits = torch.randn(40, generator=torch.Generator().manual_seed(0)) * 2
     n = 100_000
-    u = ((torch.arange(n).double() + 0.5) / n).float()
-    counts = torch.bincount(draw(logp.expand(n, -1), u), minlength=40)
-    assert ((counts - n * logp.exp()).abs() <= 1.01 + n * 1e-6).all()
+    for temperature in (1.0, 0.6):
+        logp = torch.log_softmax(logits / temperature, -1)
+        u = ((torch.arange(n).double() + 0.5) / n).float()
+        drawn = numerics("fp16", device).draw(logits.repeat(n, 1).to(device), u.to(device), temperature)
+        token, recorded = (x.cpu() for x in drawn)
+        counts = torch.bincount(token, minlength=40)
+        assert ((counts - n * logp.exp()).abs() <= 1.01 + n * 1e-6).all()
+        assert torch.allclose(recorded, logp[token], atol=1e-5)
 
 
 @given(st.lists(st.floats(-100, 5), min_size=2, max_size=50), st.sampled_from([0.0, 2.0 ** -24, 0.5, 1 - 2.0 ** -24]))
 @settings(deadline=None)
 def test_draw_never_takes_a_token_of_probability_zero(logits, u):
+    import fast
     logits = torch.tensor(logits)
     logits[::2] = -math.inf                                                       # half of them impossible, the first one too
     if len(logits) % 2:
         logits = torch.cat((logits, torch.tensor([-math.inf])))                   # ... and the last one
-    token = draw(logits.log_softmax(-1)[None], torch.tensor([u]))
-    assert logits.log_softmax(-1).exp()[token] > 0
+    for num in (Numerics("fp32"), fast.numerics("fp32")):
+        token, _ = num.draw(logits[None].clone(), torch.tensor([u]))
+        assert logits.log_softmax(-1).exp()[token] > 0
 
 
 # --- generate
@@ -80,7 +87,7 @@ def test_draw_never_takes_a_token_of_probability_zero(logits, u):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
 @pytest.mark.parametrize("prompts", [PROMPTS, [[1, 2, 3], [3, 2, 1]]], ids=["ragged", "equal"])
-def test_same_tokens_as_the_slow_way(prompts, temperature):
+def test_same_tokens_as_the_slow_way(prompts, temperature, device):
     """Cached, batched, finished rows dropped: token for token what a loop over rows and whole sequences gives."""
     model, sampler = sampler_of()
     out = sampler.generate(prompts, 8, 20, temperature, seed=(5, 6))
