@@ -44,6 +44,18 @@ class GPTConfig:
             raise InputError(f"head_dim {self.head_dim} is odd: rotary positions need pairs of features")
 
 
+    def n_matrix_params(self):
+        """Weights that a token is multiplied with: all but the embedding, norms and biases."""
+        heads = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
+        block = self.width * (heads + self.n_heads * self.head_dim + 3 * self.mlp_width)
+        return self.n_layers * block + self.vocab_size * self.width
+
+    def n_params(self):
+        C, D = self.width, self.head_dim
+        small = 2 * C + self.qkv_bias * (self.n_heads + 2 * self.n_kv_heads) * D + self.qk_norm * 2 * D
+        return self.n_matrix_params() + self.n_layers * small + C + (not self.tied_head) * self.vocab_size * C
+
+
 class KVCache:
     """Preallocated keys and values, (B, KV, capacity, D) a layer, in the compute dtype: rounded as training rounds them.
 

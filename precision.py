@@ -163,6 +163,10 @@ class Numerics:
             if self.fmt.name != "fp32":
                 self.round_(r.copy_(p))
 
+    def release(self):
+        """Forget all weights held."""
+        self._rounded.clear()
+
     def weight(self, p):
         """The rounded copy of master weight `p`, in `dtype`."""
         return self._rounded[p]

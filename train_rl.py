@@ -37,9 +37,9 @@ import torch
 from data import TASKS, Problem, draw_problems, load_problems, make_task, stream
 from data.base import clock, get_base, gpt_config
 from fast import library, numerics
-from model import load_checkpoint, load_model, save_checkpoint
+from model import GPT, KVCache, load_checkpoint, load_model, save_checkpoint
 from precision import InputError, banner, make_scaler, mismatch, parse_format, pick_device, reproducible
-from sample import Parser, Sampler, encode, number, run_main, solve
+from sample import Parser, Rollout, Sampler, encode, number, run_main, solve
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings: a field a line, and each is a flag
@@ -111,6 +111,7 @@ class Config:
     save_every: int = opt(25, "steps between checkpoints", 1, 10 ** 6)
     sample_every: int = opt(10, "steps between entries of samples.jsonl", 1, 10 ** 6)
     plot: bool = opt(True, "draw curves.png at the end, if matplotlib is installed")
+    plan: bool = opt(False, "say what the run will need in memory, and run nothing")
     bench: bool = opt(False, "time rollout and training on this job's shapes, and train nothing")
 
     @property
@@ -128,12 +129,12 @@ GPU = dict(digits=20, noise=0.025, n_layers=8, width=512, n_heads=8, n_kv_heads=
 
 # A verdict is given for the test as it stands. These settings may differ: they say how and where it runs, not what it asks.
 FREE = set("""preset device seed base_seed out resume precision rollout_precision train_precision init_scale algo micro_batch
-              rollout_rows fast save_every sample_every plot bench""".split())
+              rollout_rows fast save_every sample_every plot plan bench""".split())
 
 
 # What a resumed run may be told anew. A model's shape is compared with the checkpoint's and refused there, with both numbers.
 CAN_CHANGE_ON_RESUME = set("""resume device steps precision rollout_precision train_precision algo lr lr_warmup lr_schedule
-    clip_low clip_high grad_clip micro_batch rollout_rows fast eval_tries save_every sample_every plot bench
+    clip_low clip_high grad_clip micro_batch rollout_rows fast eval_tries save_every sample_every plot plan bench
     n_layers width n_heads n_kv_heads mlp_width""".split())
 
 
@@ -413,6 +414,40 @@ def perfectible(sampler, task, pool, cfg, say):
     return kept
 
 
+def rehearse(cfg, device, task, rollout_num, train_num):
+    """The largest batch that this run can meet, on random weights and for nothing: the KV cache of the most rows, the longest
+    micro-batch there and back, one update. Running out of memory shows now, and not in an hour."""
+    from experiments.plan import advice, available, needs
+    free, need = available(device), sum(size for size, _ in needs(cfg, device).values())
+    if device.type == "cpu" and free is not None and need > free:         # a CPU's system kills without a word: do not try
+        raise InputError(f"this run needs about {need / 2 ** 20:.0f} MiB, {free / 2 ** 20:.0f} are free. {advice(cfg, device)}")
+    try:
+        model = GPT(gpt_config(cfg, task), device)
+        for num in {rollout_num, train_num}:
+            num.hold(model.parameters())
+        rows = max(cfg.prompts * cfg.group, min(cfg.rollout_rows, cfg.pool * cfg.tries))
+        cache = KVCache(model.cfg, rows, task.prompt_length + task.answer_length, rollout_num)
+        prompts = [[0] * task.prompt_length] * -(-rows // cfg.group)
+        Sampler(model.use(rollout_num), stop=-1, fast=False).generate(prompts, cfg.group, 2)
+        del cache
+        part = min(cfg.micro_batch, cfg.prompts * cfg.group)
+        length = torch.full((part,), task.prompt_length + task.answer_length, device=device)
+        tokens = torch.zeros(part, int(length[0]), dtype=torch.int64, device=device)
+        longest = Rollout(tokens, tokens.float(), torch.full_like(length, task.prompt_length), length, length > 0)
+        accumulate_gradient(
+            model.use(train_num), longest, torch.ones(part, device=device), cfg, make_scaler(train_num), task.answer_length
+        )
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+        optimizer.step()
+    except (torch.OutOfMemoryError, RuntimeError) as e:
+        if not isinstance(e, torch.OutOfMemoryError) and "memory" not in str(e):
+            raise
+        raise InputError(f"{device} has not enough memory for this run's largest batch. {advice(cfg, device)}") from e
+    finally:
+        for num in {rollout_num, train_num}:
+            num.release()
+
+
 def batch_of(problems, step, cfg):
     """The P problems of this step: epochs over the set, each in an order of its own that follows from the seed."""
     out = []
@@ -485,6 +520,7 @@ def train(cfg, given, run):
                 if len(encode(text)) > room:
                     raise InputError(f"{text!r} does not fit: {cfg.task} with --digits {cfg.digits} has room for {room} tokens")
         heldout = draw_problems(task, cfg.heldout, stream(cfg.seed, 5), {p.prompt for p in pool}) if cfg.heldout else []
+    rehearse(cfg, device, task, rollout_num, train_num)
     model = load_model(resumed, device, gpt_config(cfg, task)) if resumed else get_base(cfg, device, say)
     for num in (rollout_num, train_num):
         num.hold(model.parameters())
@@ -656,6 +692,9 @@ def main(argv=None):
             saved["config"].update(rollout_precision="", train_precision="")
         cfg = check(Config(**{**saved["config"], **given}))
     try:
+        if cfg.plan:
+            from experiments.plan import plan
+            return plan(cfg, say)
         if cfg.bench:
             from experiments.bench import bench
             return bench(cfg)

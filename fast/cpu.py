@@ -131,6 +131,10 @@ class CPUNumerics(Numerics):
         for (p, backward), panels in self._packed.items():
             self._pack(p, backward, panels)
 
+    def release(self):
+        super().release()
+        self._packed.clear()
+
     @torch.no_grad()
     def _pack(self, p, backward, panels=None):
         w = self.weight(p).t() if backward else self.weight(p)
