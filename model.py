@@ -119,6 +119,9 @@ class Block(nn.Module):
         self.down = nn.Parameter(torch.empty(C, cfg.mlp_width))
 
     def forward(self, x, cos, sin, mask, num, name, cache=None, layer=0):
+        fused = num.block(self, x, cos, sin, mask, cache, layer)            # these very lines in one compiled call, or None
+        if fused is not None:
+            return fused
         B, T, C = x.shape
         cfg, H, KV, D = self.cfg, self.cfg.n_heads, self.cfg.n_kv_heads, self.cfg.head_dim
         num.where = f"{name}.attention"

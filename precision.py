@@ -244,6 +244,10 @@ class Numerics:
             k, v, grouped = *(t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v)), False
         return self._out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped))
 
+    def block(self, block, x, cos, sin, mask, cache, layer):
+        """A model.Block's output if these numerics have it in one piece, else None: then its lines are run one by one."""
+        return None
+
     def logits(self, h, w):
         """h (N, C), w (V, C) -> h wᵀ (N, V) in FP32: logits are never rounded to the format."""
         return self._mm32(h, self.weight(w).t())

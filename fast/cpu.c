@@ -172,7 +172,7 @@ void swiglu_back(const float *x, const float *dy, float *dx, long rows, long F, 
     FOR_KINDS((*f), swiglu_back_(x, dy, dx, rows, F, *f, kind))
 }
 
-INLINE void rope_(float *x, float *q, float *k, float *v, const long *strides, long B, long T, long H, long KV, long D,
+INLINE void rope_(float *x, float *q, float *k, float *v, const int64_t *slots, const long *strides, long B, long T, long H, long KV, long D,
                   const float *cos, const float *sin, long table, const int back, format f, const int kind) {
     PARALLEL(B * T * (H + KV) * D) for (long bt = 0; bt < B * T; bt++) {
         long b = bt / T, t = bt % T;
@@ -181,7 +181,7 @@ INLINE void rope_(float *x, float *q, float *k, float *v, const long *strides, l
             const int which = (h >= H) + (h >= H + KV);
             const long *st = strides + 3 * which;
             float *p = x + (bt * (H + 2 * KV) + h) * D, *o = which == 0 ? q : which == 1 ? k : v;
-            o += b * st[0] + (h - (which == 0 ? 0 : which == 1 ? H : H + KV)) * st[1] + t * st[2];
+            o += b * st[0] + (h - (which == 0 ? 0 : which == 1 ? H : H + KV)) * st[1] + (t + (slots && which ? slots[b] : 0)) * st[2];
             if (which == 2 && back) EACH(D, store(p + i, rounded(load(o + i, m, 0), kind, f), m))
             else if (which == 2) memcpy(o, p, 4 * D);
             else if (back) EACH(D / 2, {                                /* the inverse of a rotation by a is one by -a */
@@ -198,11 +198,11 @@ INLINE void rope_(float *x, float *q, float *k, float *v, const long *strides, l
     }
 }
 /* x (B, T, H + 2 KV, D) <-> q, k rotated by the tables cos, sin (T, D/2), a table a row if `table` is not 0, and v as it is;
-   strides: row, head and token of q, of k and of v */
-void rope(float *x, float *q, float *k, float *v, const long *strides, long B, long T, long H, long KV, long D,
+   strides: row, head and token of q, of k and of v; slots: where each row's k and v begin, if that is not the same for all */
+void rope(float *x, float *q, float *k, float *v, const int64_t *slots, const long *strides, long B, long T, long H, long KV, long D,
           const float *cos, const float *sin, long table, long back, format *f) {
-    if (back) FOR_KINDS((*f), rope_(x, q, k, v, strides, B, T, H, KV, D, cos, sin, table, 1, *f, kind))
-    else FOR_KINDS((*f), rope_(x, q, k, v, strides, B, T, H, KV, D, cos, sin, table, 0, *f, kind))
+    if (back) FOR_KINDS((*f), rope_(x, q, k, v, slots, strides, B, T, H, KV, D, cos, sin, table, 1, *f, kind))
+    else FOR_KINDS((*f), rope_(x, q, k, v, slots, strides, B, T, H, KV, D, cos, sin, table, 0, *f, kind))
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */
@@ -344,9 +344,12 @@ INLINE void tile_(const int m, const float *a, long rs, long ks, const float *b,
     CASE(7, call) CASE(8, call) CASE(9, call) CASE(10, call) CASE(11, call) CASE(12, call) }
 #define CASE(n, call) case n: if (n <= MR) { const int rows = n <= MR ? n : 1; call; } break;
 
-/* the tile of attention: nothing is rounded */
-static void tile(int m, const float *a, long rs, long ks, const float *b, long bs, long K, float *c, long cs, int more) {
-    CASES(m, tile_(rows, a, rs, ks, b, bs, K, c, cs, more, 0, 0, (format){0}, FP32))
+/* the tiles of attention, of a and of a transposed: nothing is rounded */
+static void tile(int m, const float *a, long rs, const float *b, long bs, long K, float *c, long cs) {
+    CASES(m, tile_(rows, a, rs, 1, b, bs, K, c, cs, 0, 0, 0, (format){0}, FP32))
+}
+static void tile_t(int m, const float *a, long ks, const float *b, long bs, long K, float *c, long cs) {
+    CASES(m, tile_(rows, a, 1, ks, b, bs, K, c, cs, 1, 0, 0, (format){0}, FP32))
 }
 
 /* w (N, K) with the given strides -> panels (N / NR, K, NR), zeros behind the last row: the order in which products read it */
@@ -424,14 +427,14 @@ INLINE void attention_(const float *q, const float *k, const float *v, const uin
                 int m = least(MR, Tq - t);
                 long n = s->causal ? t + m : Tk, N = up(n, NR);
                 float inverse[MR], *keep = sums + ((b * s->H + h) * Tq + t) * 2;
-                for (long p = 0; p < n; p += NR) tile(m, AT(q, s->q, b, h, t), s->q[2], 1, Kt + p * D, NR, D, S + p, W, 0);
+                for (long p = 0; p < n; p += NR) tile(m, AT(q, s->q, b, h, t), s->q[2], Kt + p * D, NR, D, S + p, W);
                 for (long i = 0; i < m; i++) {
                     hide(S + i * W, N, s->causal ? t + i + 1 : Tk, MASK(b, t + i));
                     softmax_sums x = exponentials(S + i * W, N, 0);
                     keep[2 * i] = x.top, keep[2 * i + 1] = inverse[i] = 1.f / x.total;
                 }
                 for (long d = 0; d < D; d += NR) {
-                    tile(m, S, W, 1, AT(v, s->v, b, kv, 0) + d, s->v[2], n, O, NR, 0);
+                    tile(m, S, W, AT(v, s->v, b, kv, 0) + d, s->v[2], n, O, NR);
                     for (long i = 0; i < m; i++) for (long j = 0; j < NR; j += VL)
                         *(vf *)(AT(out, s->o, b, h, t + i) + d + j) = rounded(*(vf *)(O + i * NR + j) * inverse[i], kind, f);
                 }
@@ -466,8 +469,8 @@ INLINE void attention_back_(const float *q, const float *k, const float *v, cons
                     const float *kept = sums + ((b * s->H + h) * Tq + t) * 2;
                     float *Pt = P + (t - t0) * W, *dSt = dS + (t - t0) * W;
                     for (long p = 0; p < n; p += NR) {
-                        tile(m, AT(q, s->q, b, h, t), s->q[2], 1, Kt + p * D, NR, D, Pt + p, W, 0);
-                        tile(m, AT(dout, s->dout, b, h, t), s->dout[2], 1, Vt + p * D, NR, D, dSt + p, W, 0);
+                        tile(m, AT(q, s->q, b, h, t), s->q[2], Kt + p * D, NR, D, Pt + p, W);
+                        tile(m, AT(dout, s->dout, b, h, t), s->dout[2], Vt + p * D, NR, D, dSt + p, W);
                     }
                     for (long i = 0; i < m; i++) {
                         float *p = Pt + i * W, *ds = dSt + i * W, top = kept[2 * i], inverse = kept[2 * i + 1];
@@ -482,15 +485,15 @@ INLINE void attention_back_(const float *q, const float *k, const float *v, cons
                         memset(p + N, 0, 4 * rest), memset(ds + N, 0, 4 * rest);
                     }
                     for (long d = 0; d < D; d += NR) {
-                        tile(m, dSt, W, 1, kb + d, s->k[2], n, O, NR, 0);
+                        tile(m, dSt, W, kb + d, s->k[2], n, O, NR);
                         for (long i = 0; i < m; i++) for (long j = 0; j < NR; j += VL)
                             *(vf *)(AT(dq, s->dq, b, h, t + i) + d + j) = rounded(*(vf *)(O + i * NR + j), kind, f);
                     }
                 }
                 for (long j = 0; j < seen; j += MR) for (long d = 0; d < D; d += NR) {
                     int m = least(MR, seen - j);
-                    tile(m, dS + j, 1, W, AT(q, s->q, b, h, t0) + d, s->q[2], c, dK + j * D + d, D, 1);
-                    tile(m, P + j, 1, W, AT(dout, s->dout, b, h, t0) + d, s->dout[2], c, dV + j * D + d, D, 1);
+                    tile_t(m, dS + j, W, AT(q, s->q, b, h, t0) + d, s->q[2], c, dK + j * D + d, D);
+                    tile_t(m, P + j, W, AT(dout, s->dout, b, h, t0) + d, s->dout[2], c, dV + j * D + d, D);
                 }
             }
             for (long t = 0; t < Tk; t++) for (long d = 0; d < D; d += VL) {
@@ -545,3 +548,100 @@ INLINE void decode_(const float *q, const float *k, const float *v, const uint8_
 void decode(const float *q, const float *k, const float *v, const uint8_t *mask, float *out, const shape *s, format *f) {
     FOR_KINDS((*f), decode_(q, k, v, mask, out, s, *f, kind))
 }
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+/* model.Block in one call: the functions above in the order of Block.forward, some sequences at a time from end to end, so
+   that what one leaves the next finds in the cache. fast/cpu.py uses it while Block.forward is the one that is known to it. */
+
+#define TOKENS 256                                 /* ... about so many tokens at a time */
+
+typedef struct {                    /* rounded weights, matrices as pack left them, those of the way back too */
+    const float *norm1, *qkv, *qkv_bias, *proj, *norm2, *gate_up, *down, *qkv_back, *proj_back, *gate_up_back, *down_back;
+    int64_t C, H, KV, D, F;
+    float eps;
+} layer;
+typedef struct { float *scale1, *h1, *q, *sums, *att, *x2, *scale2, *h2, *gate_up, *silu; } kept;   /* a token a row; q, sums by head */
+
+/* so many sequences at a time: parts of about TOKENS tokens, as many for each thread */
+static long portion(long B, long T, long threads) {
+    long parts = up((B * T + TOKENS - 1) / TOKENS, threads);
+    return (B + parts - 1) / parts;
+}
+
+/* x, y (B, T, C). k, v: where the new keys and values go (strides of s, rows from `slots` on); keys, values: where attention
+   finds all Tk of them. keep: what the way back needs, or nothing where there is none. */
+void block(const layer *w, const float *x, float *y, const kept *keep, float *k, float *v, const int64_t *slots, float *keys,
+           float *values, const float *cos, const float *sin, long table, const uint8_t *mask, const shape *whole, long threads,
+           format *f) {
+    const long C = w->C, H = w->H, KV = w->KV, D = w->D, F = w->F, T = whole->Tq, B = whole->B, A = H * D, Q = (H + 2 * KV) * D;
+    const long some = portion(B, T, threads), n = some * T;
+    _Pragma("omp parallel") {
+        float *scratch = malloc(4 * n * (Q + C + (keep ? 0 : 1 + C + A + 2 * H + A + C + 1 + C + 2 * F + F)));
+        _Pragma("omp for schedule(static)") for (long b = 0; b < B; b += some) {
+            float *free_at = scratch;
+#define PLACE(name, width) (keep ? keep->name + b * T * (width) : (free_at += n * (width)) - n * (width))
+            float *qkv = (free_at += n * Q) - n * Q, *out = (free_at += n * C) - n * C;
+            float *scale1 = PLACE(scale1, 1), *h1 = PLACE(h1, C), *q = PLACE(q, A), *sums = PLACE(sums, 2 * H), *att = PLACE(att, A);
+            float *x2 = PLACE(x2, C), *scale2 = PLACE(scale2, 1), *h2 = PLACE(h2, C), *gu = PLACE(gate_up, 2 * F), *silu = PLACE(silu, F);
+            long rows = least(some, B - b), tokens = rows * T;
+            shape s = *whole;
+            s.B = rows, s.q[0] = H * T * D, s.q[1] = T * D, s.q[2] = D, s.o[0] = T * A, s.o[1] = D, s.o[2] = A;
+            long strides[9] = {s.q[0], s.q[1], s.q[2], s.k[0], s.k[1], s.k[2], s.v[0], s.v[1], s.v[2]};
+            const uint8_t *seen = mask ? mask + b * s.mask[0] : 0;
+            float *kb = keys + b * s.k[0], *vb = values + b * s.v[0];
+
+            rms_norm(x + b * T * C, w->norm1, w->eps, h1, scale1, tokens, C, f);
+            linear(h1, w->qkv, w->qkv_bias, qkv, tokens, Q, C, 1, f);
+            rope(qkv, q, k + b * s.k[0], v + b * s.v[0], slots ? slots + b : 0, strides, rows, T, H, KV, D, cos + b * table,
+                 sin + b * table, table, 0, f);
+            if (T == 1 && !keep) decode(q, kb, vb, seen, att, &s, f);
+            else attention(q, kb, vb, seen, att, sums, &s, f);
+            linear(att, w->proj, 0, out, tokens, C, A, 1, f);
+            add(x + b * T * C, out, x2, tokens * C, f);
+            rms_norm(x2, w->norm2, w->eps, h2, scale2, tokens, C, f);
+            linear(h2, w->gate_up, 0, gu, tokens, 2 * F, C, 1, f);
+            swiglu(gu, silu, tokens, F, f);
+            linear(silu, w->down, 0, out, tokens, C, F, 1, f);
+            add(x2, out, y + b * T * C, tokens * C, f);
+        }
+        free(scratch);
+    }
+}
+
+/* dy (B, T, C), the gradient of y -> dx. Leaves in dx2, dqkv, dgu and dout the rounded gradients of what the products gave,
+   which the weights' gradients are made of, and in dnorm1, dnorm2 (parts, C) those of the norms' weights, a row a part. */
+void block_back(const layer *w, const float *x, const kept *keep, const float *k, const float *v, const float *cos,
+                const float *sin, const float *dy, float *dx, float *dx2, float *dqkv, float *dgu, float *dout, float *dnorm1,
+                float *dnorm2, const shape *whole, long threads, format *f) {
+    const long C = w->C, H = w->H, KV = w->KV, D = w->D, F = w->F, T = whole->Tq, B = whole->B, A = H * D, Q = (H + 2 * KV) * D;
+    const long some = portion(B, T, threads), n = some * T;
+    format exact = {0};
+    _Pragma("omp parallel") {
+        float *dsilu = malloc(4 * n * (F + C + A + Q)), *dh = dsilu + n * F, *datt = dh + n * C, *dq = datt + n * A;
+        float *dk = dq + n * A, *dv = dk + n * KV * D;
+        _Pragma("omp for schedule(static)") for (long b = 0; b < B; b += some) {
+            long rows = least(some, B - b), tokens = rows * T, at = b * T;
+            shape s = *whole;
+            s.B = rows, s.q[0] = H * T * D, s.q[1] = T * D, s.q[2] = D, s.dout[0] = T * A, s.dout[1] = D, s.dout[2] = A;
+            memcpy(s.dq, s.q, sizeof s.q);
+            s.dk[0] = KV * T * D, s.dk[1] = T * D, s.dk[2] = D;
+            memcpy(s.dv, s.dk, sizeof s.dk);
+            long strides[9] = {s.q[0], s.q[1], s.q[2], s.dk[0], s.dk[1], s.dk[2], s.dv[0], s.dv[1], s.dv[2]};
+
+            add(dy + at * C, 0, dout + at * C, tokens * C, f);
+            linear(dout + at * C, w->down_back, 0, dsilu, tokens, F, C, 1, f);
+            swiglu_back(keep->gate_up + at * 2 * F, dsilu, dgu + at * 2 * F, tokens, F, f);
+            linear(dgu + at * 2 * F, w->gate_up_back, 0, dh, tokens, C, 2 * F, 1, f);
+            rms_norm_back(keep->x2 + at * C, w->norm2, keep->scale2 + at, dh, dx2 + at * C, dnorm2 + b / some * C, tokens, C, 1, f);
+            add(dout + at * C, dx2 + at * C, dx2 + at * C, tokens * C, f);
+            linear(dx2 + at * C, w->proj_back, 0, datt, tokens, A, C, 1, f);
+            attention_back(keep->q + at * A, k + b * s.k[0], v + b * s.v[0], 0, keep->sums + at * 2 * H, datt, dq, dk, dv, &s, f);
+            rope(dqkv + at * Q, dq, dk, dv, 0, strides, rows, T, H, KV, D, cos, sin, 0, 1, f);
+            linear(dqkv + at * Q, w->qkv_back, 0, dh, tokens, C, Q, 1, f);
+            rms_norm_back(x + at * C, w->norm1, keep->scale1 + at, dh, dx + at * C, dnorm1 + b / some * C, tokens, C, 1, f);
+            add(dx2 + at * C, dx + at * C, dx + at * C, tokens * C, &exact);
+        }
+        free(dsilu);
+    }
+}
+long block_parts(long B, long T, long threads) { return (B + portion(B, T, threads) - 1) / portion(B, T, threads); }

@@ -5,7 +5,9 @@ ten, the rounding done in registers at the end of each product. You can skip thi
 without a compiler, or with --no-fast, nothing of it is used.
 """
 import ctypes
+import functools
 import hashlib
+import inspect
 import os
 import pathlib
 import platform
@@ -116,6 +118,31 @@ def _near(t):
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
+class _Layer(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_void_p) for n in ("norm1", "qkv", "qkv_bias", "proj", "norm2", "gate_up", "down", "qkv_back", "proj_back",
+                                               "gate_up_back", "down_back")] + [
+        (n, ctypes.c_int64) for n in ("C", "H", "KV", "D", "F")] + [("eps", ctypes.c_float)]
+
+
+class _Kept(ctypes.Structure):
+    names = ("scale1", "h1", "q", "sums", "att", "x2", "scale2", "h2", "gate_up", "silu")
+    _fields_ = [(n, ctypes.c_void_p) for n in names]
+
+
+# sha256 of model.Block.forward's source, as block and block_back of cpu.c were written after it. Change that method, and its
+# lines are run one by one from then on: slower, and what you wrote. Whoever brings cpu.c along brings this number along.
+BLOCK = "a2d4dc608861acdc"
+
+
+@functools.cache
+def _block_is_known():
+    from model import Block
+    try:
+        return hashlib.sha256(inspect.getsource(Block.forward).encode()).hexdigest()[:16] == BLOCK
+    except OSError:                                                     # no source at hand
+        return False
+
+
 class CPUNumerics(Numerics):
     """Numerics on a CPU by the functions of cpu.c. Weights are kept a second time, packed in the order in which products read
     them; `refresh` packs them anew, in place."""
@@ -125,6 +152,7 @@ class CPUNumerics(Numerics):
         self.operators = "compiled"
         self.lib, self.c_format, self.lanes = library, _c_format(self.fmt), library.panel_width()
         self._packed = {}                                               # (master, for the way back?) -> panels
+        self._layers = {}                                               # model.Block -> its _Layer
 
     def refresh(self):
         super().refresh()
@@ -134,6 +162,7 @@ class CPUNumerics(Numerics):
     def release(self):
         super().release()
         self._packed.clear()
+        self._layers.clear()
 
     @torch.no_grad()
     def _pack(self, p, backward, panels=None):
@@ -144,12 +173,15 @@ class CPUNumerics(Numerics):
         self.lib.pack(w.data_ptr(), w.stride(0), w.stride(1), panels.data_ptr(), N, K)
         return panels
 
+    def panels(self, p, backward=False):
+        """The rounded weight of master p, packed; made on first use."""
+        if (p, backward) not in self._packed:
+            self._packed[p, backward] = self._pack(p, backward)
+        return self._packed[p, backward]
+
     def product(self, x, p, bias=None, backward=False, fmt=None):
         """x wᵀ + bias, or backward x w, for the rounded weight w of master p; x (..., I) -> (..., O), rounded to the format."""
-        panels = self._packed.get((p, backward))
-        if panels is None:
-            panels = self._packed[p, backward] = self._pack(p, backward)
-        x = _rows(x)
+        panels, x = self.panels(p, backward), _rows(x)
         N, K = p.shape[::-1] if backward else p.shape
         y = x.new_empty(*x.shape[:-1], N)
         if bias is not None and N % self.lanes:
@@ -187,6 +219,28 @@ class CPUNumerics(Numerics):
                 precision._Attention.forward(NO_GRADIENT, q, k, v, mask, self)
             return y
         return super().attention(q, k, v, mask)
+
+    def block(self, block, x, cos, sin, mask, cache, layer):
+        D, grad = block.cfg.head_dim, torch.is_grad_enabled()
+        if (self.spy or block.cfg.qk_norm or D % self.lanes or D > 8 * self.lanes or not _block_is_known()
+                or (grad and (cache is not None or mask is not None))):
+            return None
+        if grad:
+            weights = (block.norm1, block.qkv, block.qkv_bias, block.proj, block.norm2, block.gate_up, block.down)
+            return _Block.apply(x, cos, sin, block, self, *weights)
+        return _Block.run(self, block, x, cos, sin, mask, cache, layer)
+
+    def layer(self, block, backward):
+        """The _Layer of a model.Block: where its rounded and packed weights are. They stay there, `refresh` fills in place."""
+        if (block, backward) not in self._layers:
+            c, bias = block.cfg, None if block.qkv_bias is None else self.weight(block.qkv_bias)      # its length: whole panels
+            back = [self.panels(p, True).data_ptr() if backward else None for p in (block.qkv, block.proj, block.gate_up, block.down)]
+            self._layers[block, backward] = ctypes.byref(_Layer(
+                self.weight(block.norm1).data_ptr(), self.panels(block.qkv).data_ptr(), _or_null(bias),
+                self.panels(block.proj).data_ptr(), self.weight(block.norm2).data_ptr(), self.panels(block.gate_up).data_ptr(),
+                self.panels(block.down).data_ptr(), *back, c.width, c.n_heads, c.n_kv_heads, c.head_dim, c.mlp_width,
+                c.norm_eps))
+        return self._layers[block, backward]
 
     def _apply(self, op, *args):
         return super()._apply(OPERATORS.get(op, op), *args)
@@ -275,7 +329,7 @@ class _Rope(torch.autograd.Function):
     def turn(num, x, q, k, v, cos, sin, back):
         B, T, heads, D = x.shape
         strides = (ctypes.c_long * 9)(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-        num.lib.rope(x.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(), strides, B, T, q.shape[1], k.shape[1], D,
+        num.lib.rope(x.data_ptr(), q.data_ptr(), k.data_ptr(), v.data_ptr(), None, strides, B, T, q.shape[1], k.shape[1], D,
                      cos.data_ptr(), sin.data_ptr(), T * D // 2 if cos.dim() == 3 else 0, back, num.c_format)
 
     @staticmethod
@@ -380,6 +434,66 @@ class _TokenLogprobs(torch.autograd.Function):
             else:
                 dh[rows[s]] = d
         return dh, dw, None, None, None, None, None
+
+
+class _Block(torch.autograd.Function):
+    """model.Block: what the operators above do one after another, in one call there and one back."""
+
+    @staticmethod
+    def run(num, block, x, cos, sin, mask=None, cache=None, layer=0, kept=None, kv=None):
+        (B, T, C), c, x = x.shape, block.cfg, _rows(x)
+        cos, sin = _rows(cos), _rows(sin)
+        y, slots, Tk = torch.empty_like(x), None, T
+        if cache is None:
+            keys, values = kv if kv is not None else x.new_empty(2, B, c.n_kv_heads, T, c.head_dim)
+            new = keys.data_ptr(), values.data_ptr()
+        else:
+            keys, values = cache.k[layer], cache.v[layer]
+            new, Tk = (keys.data_ptr(), values.data_ptr()), cache.longest + T
+            if isinstance(cache.length, int):
+                new = tuple(at + cache.length * t.stride(2) * 4 for at, t in zip(new, (keys, values)))
+            else:
+                slots = cache.length
+        shape = _Shape(B, c.n_heads, c.n_kv_heads, T, Tk, c.head_dim, mask is None and T > 1)
+        shape.k, shape.v = ((ctypes.c_int64 * 3)(*t.stride()[:3]) for t in (keys, values))
+        if mask is not None:
+            mask = _rows(mask)
+            wide = mask.expand(B, 1, T, Tk) if mask.dim() == 4 else mask.expand(B, T, Tk)[:, None]
+            shape.mask[0], shape.mask[1] = wide.stride(0), wide.stride(2)
+        num.lib.block(num.layer(block, kept is not None), x.data_ptr(), y.data_ptr(), kept, *new, _or_null(slots), keys.data_ptr(),
+                      values.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos[0].numel() if cos.dim() == 3 else 0, _or_null(mask),
+                      ctypes.byref(shape), torch.get_num_threads(), num.c_format)
+        return y
+
+    @staticmethod
+    def forward(ctx, x, cos, sin, block, num, *weights):
+        (B, T, C), c, x = x.shape, block.cfg, _rows(x)
+        A, N = c.n_heads * c.head_dim, B * T
+        keep = [x.new_empty(N, w) for w in (1, C, A, 2 * c.n_heads, A, C, 1, C, 2 * c.mlp_width, c.mlp_width)]      # as in _Kept
+        kv = x.new_empty(2, B, c.n_kv_heads, T, c.head_dim)
+        y = _Block.run(num, block, x, cos, sin, kept=ctypes.byref(_Kept(*(t.data_ptr() for t in keep))), kv=kv)
+        ctx.save_for_backward(x, kv, cos, sin, *keep)
+        ctx.num, ctx.block = num, block
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, kv, cos, sin, *keep = ctx.saved_tensors
+        num, block, c, dy, threads = ctx.num, ctx.block, ctx.block.cfg, _rows(dy), torch.get_num_threads()
+        B, T, C = x.shape
+        shape = _Shape(B, c.n_heads, c.n_kv_heads, T, T, c.head_dim, T > 1)
+        shape.k, shape.v = ((ctypes.c_int64 * 3)(*t.stride()[:3]) for t in kv)
+        dx = torch.empty_like(x)
+        dx2, dqkv, dgu, dout = (x.new_empty(B * T, w) for w in (C, block.qkv.shape[0], 2 * c.mlp_width, C))
+        dnorm1, dnorm2 = x.new_empty(2, num.lib.block_parts(B, T, threads), C)
+        num.lib.block_back(num.layer(block, True), x.data_ptr(), ctypes.byref(_Kept(*(t.data_ptr() for t in keep))), kv[0].data_ptr(),
+                           kv[1].data_ptr(), cos.data_ptr(), sin.data_ptr(), dy.data_ptr(), dx.data_ptr(), dx2.data_ptr(),
+                           dqkv.data_ptr(), dgu.data_ptr(), dout.data_ptr(), dnorm1.data_ptr(), dnorm2.data_ptr(),
+                           ctypes.byref(shape), threads, num.c_format)
+        k = dict(zip(_Kept.names, keep))
+        dqkv_bias = None if block.qkv_bias is None else dqkv.sum(0)
+        return (dx, None, None, None, None, dnorm1.sum(0), dqkv.t() @ k["h1"], dqkv_bias, dx2.t() @ k["att"], dnorm2.sum(0),
+                dgu.t() @ k["h2"], dout.t() @ k["silu"])
 
 
 OPERATORS = {getattr(precision, o.__name__): o for o in (_Linear, _Add, _RMSNorm, _SwiGLU, _Rope, _Attention, _TokenLogprobs)}
