@@ -553,20 +553,18 @@ void decode(const float *q, const float *k, const float *v, const uint8_t *mask,
 /* model.Block in one call: the functions above in the order of Block.forward, some sequences at a time from end to end, so
    that what one leaves the next finds in the cache. fast/cpu.py uses it while Block.forward is the one that is known to it. */
 
-#define TOKENS 256                                 /* ... about so many tokens at a time */
+#define TOKENS 128                                 /* ... about so many tokens at a time */
 
 typedef struct {                    /* rounded weights, matrices as pack left them, those of the way back too */
     const float *norm1, *qkv, *qkv_bias, *proj, *norm2, *gate_up, *down, *qkv_back, *proj_back, *gate_up_back, *down_back;
     int64_t C, H, KV, D, F;
     float eps;
 } layer;
-typedef struct { float *scale1, *h1, *q, *sums, *att, *x2, *scale2, *h2, *gate_up, *silu; } kept;   /* a token a row; q, sums by head */
+typedef struct { float *scale1, *q, *sums, *att, *x2, *scale2, *gate_up; } kept;    /* a token a row; q, sums: (B, H, T, .) */
 
-/* so many sequences at a time: parts of about TOKENS tokens, as many for each thread */
-static long portion(long B, long T, long threads) {
-    long parts = up((B * T + TOKENS - 1) / TOKENS, threads);
-    return (B + parts - 1) / parts;
-}
+/* each thread takes an equal share of the sequences, and of these some at a time */
+#define SEQUENCES(B, T, threads) for (long share = 0; share < (threads); share++) \
+    for (long b = (B) * share / (threads), last = (B) * (share + 1) / (threads), rows; rows = least(some, last - b), b < last; b += rows)
 
 /* x, y (B, T, C). k, v: where the new keys and values go (strides of s, rows from `slots` on); keys, values: where attention
    finds all Tk of them. keep: what the way back needs, or nothing where there is none. */
@@ -574,32 +572,33 @@ void block(const layer *w, const float *x, float *y, const kept *keep, float *k,
            float *values, const float *cos, const float *sin, long table, const uint8_t *mask, const shape *whole, long threads,
            format *f) {
     const long C = w->C, H = w->H, KV = w->KV, D = w->D, F = w->F, T = whole->Tq, B = whole->B, A = H * D, Q = (H + 2 * KV) * D;
-    const long some = portion(B, T, threads), n = some * T;
+    const long some = (TOKENS + T - 1) / T, n = some * T;
     _Pragma("omp parallel") {
-        float *scratch = malloc(4 * n * (Q + C + (keep ? 0 : 1 + C + A + 2 * H + A + C + 1 + C + 2 * F + F)));
-        _Pragma("omp for schedule(static)") for (long b = 0; b < B; b += some) {
+        float *scratch = malloc(4 * n * (Q + C + C + F + (keep ? 0 : 1 + A + 2 * H + A + C + 1 + 2 * F)));
+        _Pragma("omp for schedule(static)") SEQUENCES(B, T, threads) {
             float *free_at = scratch;
-#define PLACE(name, width) (keep ? keep->name + b * T * (width) : (free_at += n * (width)) - n * (width))
-            float *qkv = (free_at += n * Q) - n * Q, *out = (free_at += n * C) - n * C;
-            float *scale1 = PLACE(scale1, 1), *h1 = PLACE(h1, C), *q = PLACE(q, A), *sums = PLACE(sums, 2 * H), *att = PLACE(att, A);
-            float *x2 = PLACE(x2, C), *scale2 = PLACE(scale2, 1), *h2 = PLACE(h2, C), *gu = PLACE(gate_up, 2 * F), *silu = PLACE(silu, F);
-            long rows = least(some, B - b), tokens = rows * T;
+#define TAKE(width) (free_at += n * (width)) - n * (width)
+#define PLACE(name, width) (keep ? keep->name + b * T * (width) : TAKE(width))
+            float *qkv = TAKE(Q), *out = TAKE(C), *h = TAKE(C), *silu = TAKE(F);
+            float *scale1 = PLACE(scale1, 1), *q = PLACE(q, A), *sums = PLACE(sums, 2 * H), *att = PLACE(att, A);
+            float *x2 = PLACE(x2, C), *scale2 = PLACE(scale2, 1), *gu = PLACE(gate_up, 2 * F);
+            long tokens = rows * T;
             shape s = *whole;
             s.B = rows, s.q[0] = H * T * D, s.q[1] = T * D, s.q[2] = D, s.o[0] = T * A, s.o[1] = D, s.o[2] = A;
             long strides[9] = {s.q[0], s.q[1], s.q[2], s.k[0], s.k[1], s.k[2], s.v[0], s.v[1], s.v[2]};
             const uint8_t *seen = mask ? mask + b * s.mask[0] : 0;
             float *kb = keys + b * s.k[0], *vb = values + b * s.v[0];
 
-            rms_norm(x + b * T * C, w->norm1, w->eps, h1, scale1, tokens, C, f);
-            linear(h1, w->qkv, w->qkv_bias, qkv, tokens, Q, C, 1, f);
+            rms_norm(x + b * T * C, w->norm1, w->eps, h, scale1, tokens, C, f);
+            linear(h, w->qkv, w->qkv_bias, qkv, tokens, Q, C, 1, f);
             rope(qkv, q, k + b * s.k[0], v + b * s.v[0], slots ? slots + b : 0, strides, rows, T, H, KV, D, cos + b * table,
                  sin + b * table, table, 0, f);
             if (T == 1 && !keep) decode(q, kb, vb, seen, att, &s, f);
             else attention(q, kb, vb, seen, att, sums, &s, f);
             linear(att, w->proj, 0, out, tokens, C, A, 1, f);
             add(x + b * T * C, out, x2, tokens * C, f);
-            rms_norm(x2, w->norm2, w->eps, h2, scale2, tokens, C, f);
-            linear(h2, w->gate_up, 0, gu, tokens, 2 * F, C, 1, f);
+            rms_norm(x2, w->norm2, w->eps, h, scale2, tokens, C, f);
+            linear(h, w->gate_up, 0, gu, tokens, 2 * F, C, 1, f);
             swiglu(gu, silu, tokens, F, f);
             linear(silu, w->down, 0, out, tokens, C, F, 1, f);
             add(x2, out, y + b * T * C, tokens * C, f);
@@ -608,19 +607,38 @@ void block(const layer *w, const float *x, float *y, const kept *keep, float *k,
     }
 }
 
-/* dy (B, T, C), the gradient of y -> dx. Leaves in dx2, dqkv, dgu and dout the rounded gradients of what the products gave,
-   which the weights' gradients are made of, and in dnorm1, dnorm2 (parts, C) those of the norms' weights, a row a part. */
+/* dw (O, I) += dy (n, O)^T x (n, I): the gradient of a weight; `columns` has room for n * NR floats */
+static void weight_gradient(const float *dy, const float *x, float *dw, long n, long O, long I, float *columns) {
+    float edge[MR * NR];
+    for (long i = 0; i < I; i += NR) {
+        long width = least(NR, I - i);
+        for (long t = 0; t < n; t++) for (long j = 0; j < NR; j++) columns[t * NR + j] = j < width ? x[t * I + i + j] : 0;
+        for (long o = 0; o < O; o += MR) {
+            long m = least(MR, O - o);
+            if (width == NR) { tile_t(m, dy + o, O, columns, NR, n, dw + o * I + i, I); continue; }
+            memset(edge, 0, sizeof edge);
+            tile_t(m, dy + o, O, columns, NR, n, edge, NR);
+            for (long r = 0; r < m; r++) for (long j = 0; j < width; j++) dw[(o + r) * I + i + j] += edge[r * NR + j];
+        }
+    }
+}
+
+/* dy (B, T, C), the gradient of y -> dx, and in dw (threads, all of a layer's weights) theirs, a thread's share a row, to be
+   added up: norm1, qkv, proj, norm2, gate_up, down, bias of qkv. What is cheap to make again was not kept and is made again. */
 void block_back(const layer *w, const float *x, const kept *keep, const float *k, const float *v, const float *cos,
-                const float *sin, const float *dy, float *dx, float *dx2, float *dqkv, float *dgu, float *dout, float *dnorm1,
-                float *dnorm2, const shape *whole, long threads, format *f) {
+                const float *sin, const float *dy, float *dx, float *dw, const shape *whole, long threads, format *f) {
     const long C = w->C, H = w->H, KV = w->KV, D = w->D, F = w->F, T = whole->Tq, B = whole->B, A = H * D, Q = (H + 2 * KV) * D;
-    const long some = portion(B, T, threads), n = some * T;
+    const long some = (TOKENS + T - 1) / T, n = some * T, weights = 2 * C + Q * C + C * A + 3 * F * C + (w->qkv_bias ? Q : 0);
     format exact = {0};
     _Pragma("omp parallel") {
-        float *dsilu = malloc(4 * n * (F + C + A + Q)), *dh = dsilu + n * F, *datt = dh + n * C, *dq = datt + n * A;
-        float *dk = dq + n * A, *dv = dk + n * KV * D;
-        _Pragma("omp for schedule(static)") for (long b = 0; b < B; b += some) {
-            long rows = least(some, B - b), tokens = rows * T, at = b * T;
+        float *scratch = malloc(4 * (n * (2 * F + F + C + C + C + A + Q + Q + 1 + NR) + C));
+        _Pragma("omp for schedule(static)") SEQUENCES(B, T, threads) {
+            float *free_at = scratch;
+            float *dgu = TAKE(2 * F), *silu = TAKE(F), *dout = TAKE(C), *dx2 = TAKE(C), *h = TAKE(C), *datt = TAKE(A), *dqkv = TAKE(Q);
+            float *dq = TAKE(Q), *dk = dq + n * A, *dv = dk + n * KV * D, *scrap = TAKE(1), *columns = TAKE(NR), *dnorm = free_at;
+            float *dnorm1 = dw + share * weights, *dWqkv = dnorm1 + C, *dWproj = dWqkv + Q * C, *dnorm2 = dWproj + C * A;
+            float *dWgate_up = dnorm2 + C, *dWdown = dWgate_up + 2 * F * C, *dbias = dWdown + C * F;
+            long tokens = rows * T, at = b * T;
             shape s = *whole;
             s.B = rows, s.q[0] = H * T * D, s.q[1] = T * D, s.q[2] = D, s.dout[0] = T * A, s.dout[1] = D, s.dout[2] = A;
             memcpy(s.dq, s.q, sizeof s.q);
@@ -628,20 +646,29 @@ void block_back(const layer *w, const float *x, const kept *keep, const float *k
             memcpy(s.dv, s.dk, sizeof s.dk);
             long strides[9] = {s.q[0], s.q[1], s.q[2], s.dk[0], s.dk[1], s.dk[2], s.dv[0], s.dv[1], s.dv[2]};
 
-            add(dy + at * C, 0, dout + at * C, tokens * C, f);
-            linear(dout + at * C, w->down_back, 0, dsilu, tokens, F, C, 1, f);
-            swiglu_back(keep->gate_up + at * 2 * F, dsilu, dgu + at * 2 * F, tokens, F, f);
-            linear(dgu + at * 2 * F, w->gate_up_back, 0, dh, tokens, C, 2 * F, 1, f);
-            rms_norm_back(keep->x2 + at * C, w->norm2, keep->scale2 + at, dh, dx2 + at * C, dnorm2 + b / some * C, tokens, C, 1, f);
-            add(dout + at * C, dx2 + at * C, dx2 + at * C, tokens * C, f);
-            linear(dx2 + at * C, w->proj_back, 0, datt, tokens, A, C, 1, f);
+            add(dy + at * C, 0, dout, tokens * C, f);
+            swiglu(keep->gate_up + at * 2 * F, silu, tokens, F, f);
+            weight_gradient(dout, silu, dWdown, tokens, C, F, columns);
+            linear(dout, w->down_back, 0, silu, tokens, F, C, 1, f);                       /* from here on the gradient of silu */
+            swiglu_back(keep->gate_up + at * 2 * F, silu, dgu, tokens, F, f);
+            rms_norm(keep->x2 + at * C, w->norm2, w->eps, h, scrap, tokens, C, f);
+            weight_gradient(dgu, h, dWgate_up, tokens, 2 * F, C, columns);
+            linear(dgu, w->gate_up_back, 0, h, tokens, C, 2 * F, 1, f);                    /* from here on the gradient of h */
+            rms_norm_back(keep->x2 + at * C, w->norm2, keep->scale2 + at, h, dx2, dnorm, tokens, C, 1, f);
+            add(dnorm2, dnorm, dnorm2, C, &exact);
+            add(dout, dx2, dx2, tokens * C, f);
+            weight_gradient(dx2, keep->att + at * A, dWproj, tokens, C, A, columns);
+            linear(dx2, w->proj_back, 0, datt, tokens, A, C, 1, f);
             attention_back(keep->q + at * A, k + b * s.k[0], v + b * s.v[0], 0, keep->sums + at * 2 * H, datt, dq, dk, dv, &s, f);
-            rope(dqkv + at * Q, dq, dk, dv, 0, strides, rows, T, H, KV, D, cos, sin, 0, 1, f);
-            linear(dqkv + at * Q, w->qkv_back, 0, dh, tokens, C, Q, 1, f);
-            rms_norm_back(x + at * C, w->norm1, keep->scale1 + at, dh, dx + at * C, dnorm1 + b / some * C, tokens, C, 1, f);
-            add(dx2 + at * C, dx + at * C, dx + at * C, tokens * C, &exact);
+            rope(dqkv, dq, dk, dv, 0, strides, rows, T, H, KV, D, cos, sin, 0, 1, f);
+            if (w->qkv_bias) for (long t = 0; t < tokens; t++) add(dbias, dqkv + t * Q, dbias, Q, &exact);
+            rms_norm(x + at * C, w->norm1, w->eps, h, scrap, tokens, C, f);
+            weight_gradient(dqkv, h, dWqkv, tokens, Q, C, columns);
+            linear(dqkv, w->qkv_back, 0, h, tokens, C, Q, 1, f);
+            rms_norm_back(x + at * C, w->norm1, keep->scale1 + at, h, dx + at * C, dnorm, tokens, C, 1, f);
+            add(dnorm1, dnorm, dnorm1, C, &exact);
+            add(dx2, dx + at * C, dx + at * C, tokens * C, &exact);
         }
-        free(dsilu);
+        free(scratch);
     }
 }
-long block_parts(long B, long T, long threads) { return (B + portion(B, T, threads) - 1) / portion(B, T, threads); }

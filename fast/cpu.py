@@ -125,7 +125,7 @@ class _Layer(ctypes.Structure):
 
 
 class _Kept(ctypes.Structure):
-    names = ("scale1", "h1", "q", "sums", "att", "x2", "scale2", "h2", "gate_up", "silu")
+    names = ("scale1", "q", "sums", "att", "x2", "scale2", "gate_up")
     _fields_ = [(n, ctypes.c_void_p) for n in names]
 
 
@@ -226,7 +226,7 @@ class CPUNumerics(Numerics):
                 or (grad and (cache is not None or mask is not None))):
             return None
         if grad:
-            weights = (block.norm1, block.qkv, block.qkv_bias, block.proj, block.norm2, block.gate_up, block.down)
+            weights = (block.norm1, block.qkv, block.proj, block.norm2, block.gate_up, block.down, block.qkv_bias)
             return _Block.apply(x, cos, sin, block, self, *weights)
         return _Block.run(self, block, x, cos, sin, mask, cache, layer)
 
@@ -469,7 +469,7 @@ class _Block(torch.autograd.Function):
     def forward(ctx, x, cos, sin, block, num, *weights):
         (B, T, C), c, x = x.shape, block.cfg, _rows(x)
         A, N = c.n_heads * c.head_dim, B * T
-        keep = [x.new_empty(N, w) for w in (1, C, A, 2 * c.n_heads, A, C, 1, C, 2 * c.mlp_width, c.mlp_width)]      # as in _Kept
+        keep = [x.new_empty(N, w) for w in (1, A, 2 * c.n_heads, A, C, 1, 2 * c.mlp_width)]                    # as in _Kept
         kv = x.new_empty(2, B, c.n_kv_heads, T, c.head_dim)
         y = _Block.run(num, block, x, cos, sin, kept=ctypes.byref(_Kept(*(t.data_ptr() for t in keep))), kv=kv)
         ctx.save_for_backward(x, kv, cos, sin, *keep)
@@ -483,17 +483,13 @@ class _Block(torch.autograd.Function):
         B, T, C = x.shape
         shape = _Shape(B, c.n_heads, c.n_kv_heads, T, T, c.head_dim, T > 1)
         shape.k, shape.v = ((ctypes.c_int64 * 3)(*t.stride()[:3]) for t in kv)
-        dx = torch.empty_like(x)
-        dx2, dqkv, dgu, dout = (x.new_empty(B * T, w) for w in (C, block.qkv.shape[0], 2 * c.mlp_width, C))
-        dnorm1, dnorm2 = x.new_empty(2, num.lib.block_parts(B, T, threads), C)
+        weights = (block.norm1, block.qkv, block.proj, block.norm2, block.gate_up, block.down, block.qkv_bias)      # as in cpu.c
+        dx, dw = torch.empty_like(x), x.new_zeros(threads, sum(w.numel() for w in weights if w is not None))
         num.lib.block_back(num.layer(block, True), x.data_ptr(), ctypes.byref(_Kept(*(t.data_ptr() for t in keep))), kv[0].data_ptr(),
-                           kv[1].data_ptr(), cos.data_ptr(), sin.data_ptr(), dy.data_ptr(), dx.data_ptr(), dx2.data_ptr(),
-                           dqkv.data_ptr(), dgu.data_ptr(), dout.data_ptr(), dnorm1.data_ptr(), dnorm2.data_ptr(),
+                           kv[1].data_ptr(), cos.data_ptr(), sin.data_ptr(), dy.data_ptr(), dx.data_ptr(), dw.data_ptr(),
                            ctypes.byref(shape), threads, num.c_format)
-        k = dict(zip(_Kept.names, keep))
-        dqkv_bias = None if block.qkv_bias is None else dqkv.sum(0)
-        return (dx, None, None, None, None, dnorm1.sum(0), dqkv.t() @ k["h1"], dqkv_bias, dx2.t() @ k["att"], dnorm2.sum(0),
-                dgu.t() @ k["h2"], dout.t() @ k["silu"])
+        parts = iter(dw.sum(0).split([w.numel() for w in weights if w is not None]))
+        return (dx, None, None, None, None, *(None if w is None else next(parts).view(w.shape) for w in weights))
 
 
 OPERATORS = {getattr(precision, o.__name__): o for o in (_Linear, _Add, _RMSNorm, _SwiGLU, _Rope, _Attention, _TokenLogprobs)}
