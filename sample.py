@@ -142,26 +142,34 @@ class Sampler:
                 model, choose, cache.rows(row // n, out.prompt_length.clone() if ragged else None, room=len(noise) - 1)
             )
         del cache
-        at, done = out.prompt_length, torch.zeros(len(row), dtype=torch.bool, device=device)
+        tokens = torch.full((len(noise), len(row)), self.pad, device=device)                 # (T, R): a step a row
+        logps = torch.zeros(tokens.shape, device=device)
+        done, everyone = torch.zeros(len(row), dtype=torch.bool, device=device), row
         token, logp = choose(hidden, noise[0])
         for t in range(len(noise)):
-            out.tokens[row, at + t] = torch.where(done, self.pad, token)
-            out.logp[row, at + t] = torch.where(done, 0.0, logp)
-            out.length[row] += ~done
-            done = done | (token == self.stop)
-            out.stopped[row] = done
+            here = t if row is everyone else (t, row)
+            tokens[here], logps[here] = token, logp
+            done |= token == self.stop
             if t + 1 == len(noise):
                 break
             if device.type == "cpu" or t % 16 == 15:                                         # on a GPU, looking means waiting
-                alive = (~done).nonzero()[:, 0]
-                if len(alive) == 0:
+                alive = len(done) - int(done.sum())
+                if alive == 0:
                     break
-                if len(alive) <= len(row) // 2:                                              # drop finished rows
-                    if self.graphs is not None:                                              # by halves: a graph has its shape
-                        alive = torch.argsort(done, stable=True)[:len(row) // 2]
-                    row, at, token, done = row[alive], at[alive], token[alive], done[alive]
-                    step.keep(alive)
-            token, logp = step(token, noise[t + 1][row])
+                if alive <= len(row) // 2:                                                   # drop finished rows
+                    index = torch.argsort(done, stable=True)                                 # on a GPU by halves: a graph has its shape
+                    index = index[:alive if self.graphs is None else len(row) // 2]
+                    row, token, done = row[index], token[index], done[index]
+                    step.keep(index)
+            token, logp = step(token, noise[t + 1] if row is everyone else noise[t + 1][row])
+
+        # a row that had finished went on being sampled until it was dropped: what stands behind its stop token is no answer
+        is_stop = tokens == self.stop
+        live = is_stop.cumsum(0) - is_stop.long() == 0                                       # up to the first stop token
+        out.stopped |= is_stop.any(0)
+        out.length += torch.where(out.stopped, live.sum(0), len(noise))
+        at = (everyone[None].expand_as(tokens), out.prompt_length + torch.arange(len(noise), device=device)[:, None])
+        out.tokens[at], out.logp[at] = torch.where(live, tokens, self.pad), torch.where(live, logps, 0.0)
 
     def _graph(self, choose, shape, temperature):
         from fast.graph import GraphStep

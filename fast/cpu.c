@@ -66,6 +66,16 @@ INLINE float sum(vf v) {
 #endif
 }
 
+/* the sums of four vectors, in an order of their own */
+INLINE void sum4(vf a, vf b, vf c, vf d, float *out) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    __m256 s = _mm256_hadd_ps(_mm256_hadd_ps((__m256)a, (__m256)b), _mm256_hadd_ps((__m256)c, (__m256)d));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+#else
+    out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
+#endif
+}
+
 INLINE float greatest(vf v) {                       /* nan if there is one */
     float g = v[0];
     for (int i = 1; i < VL; i++) g = v[i] > g || v[i] != v[i] ? v[i] : g;
@@ -514,12 +524,17 @@ INLINE void decode_head(const int n, const float *q, const float *k, long ks, co
                         const uint8_t *mask, float *p, float *out, long Tk, float scale, format f, const int kind) {
     vf w[16], o[16];
     for (int i = 0; i < n; i++) w[i] = *(const vf *)(q + i * VL), o[i] = (vf){};
-    for (long t = 0; t < Tk; t++) {
-        vf a = w[0] * *(const vf *)(k + t * ks);
-        for (int i = 1; i < n; i++) a += w[i] * *(const vf *)(k + t * ks + i * VL);
-        if (next) for (int i = 0; i < n; i += 64 / (4 * VL)) __builtin_prefetch(k + t * ks + next + i * VL);
-        p[t] = mask && !mask[t] ? -INFINITY : sum(a) * scale;
+    for (long t = 0; t < Tk; t += 4) {                                  /* four keys at a time; the last ones, if fewer, again */
+        vf a[4];
+        for (int j = 0; j < 4; j++) {
+            const float *key = k + least(t + j, Tk - 1) * ks;
+            a[j] = w[0] * *(const vf *)key;
+            for (int i = 1; i < n; i++) a[j] += w[i] * *(const vf *)(key + i * VL);
+            if (next) for (int i = 0; i < n; i += 64 / (4 * VL)) __builtin_prefetch(key + next + i * VL);
+        }
+        sum4(a[0], a[1], a[2], a[3], p + t);
     }
+    for (long t = 0; t < Tk; t++) p[t] = mask && !mask[t] ? -INFINITY : p[t] * scale;
     float inverse = 1.f / exponentials(p, Tk, 0).total;
     for (long t = 0; t < Tk; t++) {
         vf e = all(p[t]);
