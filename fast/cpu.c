@@ -166,20 +166,22 @@ INLINE void swiglu_(const float *x, float *y, long rows, long F, format f, const
 /* x (rows, 2F) -> silu(first half) * second half */
 void swiglu(const float *x, float *y, long rows, long F, format *f) { FOR_KINDS((*f), swiglu_(x, y, rows, F, *f, kind)) }
 
-INLINE void swiglu_back_(const float *x, const float *dy, float *dx, long rows, long F, format f, const int kind) {
+INLINE void swiglu_back_(const float *x, const float *dy, float *dx, float *y, long rows, long F, format f, const int kind) {
     PARALLEL(rows * F) for (long r = 0; r < rows; r++) {
         const float *g = x + r * 2 * F, *v = g + F, *d = dy + r * F;
         float *dg = dx + r * 2 * F, *dv = dg + F;
         EACH(F, {
             vf a = load(g + i, m, 0), b = load(v + i, m, 0), c = load(d + i, m, 0);
             vf s = sigmoid(a);
+            if (y) store(y + r * F + i, rounded(a * s * b, kind, f), m);
             store(dv + i, rounded(c * (a * s), kind, f), m);
             store(dg + i, rounded(c * b * (s * (1.f + a * (1.f - s))), kind, f), m);
         })
     }
 }
-void swiglu_back(const float *x, const float *dy, float *dx, long rows, long F, format *f) {
-    FOR_KINDS((*f), swiglu_back_(x, dy, dx, rows, F, *f, kind))
+/* ... and back: dy (rows, F) -> dx (rows, 2F); if y is given, the output once more */
+void swiglu_back(const float *x, const float *dy, float *dx, float *y, long rows, long F, format *f) {
+    FOR_KINDS((*f), swiglu_back_(x, dy, dx, y, rows, F, *f, kind))
 }
 
 INLINE void rope_(float *x, float *q, float *k, float *v, const int64_t *slots, const long *strides, long B, long T, long H, long KV, long D,
@@ -622,18 +624,21 @@ void block(const layer *w, const float *x, float *y, const kept *keep, float *k,
     }
 }
 
-/* dw (O, I) += dy (n, O)^T x (n, I): the gradient of a weight; `columns` has room for n * NR floats */
-static void weight_gradient(const float *dy, const float *x, float *dw, long n, long O, long I, float *columns) {
-    float edge[MR * NR];
-    for (long i = 0; i < I; i += NR) {
-        long width = least(NR, I - i);
-        for (long t = 0; t < n; t++) for (long j = 0; j < NR; j++) columns[t * NR + j] = j < width ? x[t * I + i + j] : 0;
-        for (long o = 0; o < O; o += MR) {
-            long m = least(MR, O - o);
-            if (width == NR) { tile_t(m, dy + o, O, columns, NR, n, dw + o * I + i, I); continue; }
-            memset(edge, 0, sizeof edge);
-            tile_t(m, dy + o, O, columns, NR, n, edge, NR);
-            for (long r = 0; r < m; r++) for (long j = 0; j < width; j++) dw[(o + r) * I + i + j] += edge[r * NR + j];
+/* dw (O, I) += dy (n, O)^T x (n, I), the gradient of a weight. `panels` has room for n * up(I, NR) floats. Both sides are copied
+   into the order in which they are read: x as a whole, dy a few columns at a time. */
+static void weight_gradient(const float *dy, const float *x, float *dw, long n, long O, long I, float *panels) {
+    float columns[MR * up(n, 8)], edge[MR * NR];
+    for (long i = 0; i < I; i += NR) for (long t = 0; t < n; t++) for (long j = 0; j < NR; j++)
+        panels[i * n + t * NR + j] = i + j < I ? x[t * I + i + j] : 0;
+    for (long o = 0; o < O; o += MR) {
+        long m = least(MR, O - o);
+        if (m == MR) for (long t = 0; t < n; t++) memcpy(columns + t * MR, dy + t * O + o, 4 * MR);
+        else for (long t = 0; t < n; t++) for (long r = 0; r < m; r++) columns[t * MR + r] = dy[t * O + o + r];
+        for (long i = 0; i < I; i += NR) {
+            if (i + NR <= I) { tile_t(m, columns, MR, panels + i * n, NR, n, dw + o * I + i, I); continue; }
+            memset(edge, 0, sizeof edge);                               /* the last columns, where a vector would reach too far */
+            tile_t(m, columns, MR, panels + i * n, NR, n, edge, NR);
+            for (long r = 0; r < m; r++) for (long j = 0; i + j < I; j++) dw[(o + r) * I + i + j] += edge[r * NR + j];
         }
     }
 }
@@ -644,13 +649,14 @@ void block_back(const layer *w, const float *x, const kept *keep, const float *k
                 const float *sin, const float *dy, float *dx, float *dw, const shape *whole, long threads, format *f) {
     const long C = w->C, H = w->H, KV = w->KV, D = w->D, F = w->F, T = whole->Tq, B = whole->B, A = H * D, Q = (H + 2 * KV) * D;
     const long some = (TOKENS + T - 1) / T, n = some * T, weights = 2 * C + Q * C + C * A + 3 * F * C + (w->qkv_bias ? Q : 0);
+    const long widest = up(C > A ? C > F ? C : F : A > F ? A : F, NR);
     format exact = {0};
     _Pragma("omp parallel") {
-        float *scratch = malloc(4 * (n * (2 * F + F + C + C + C + A + Q + Q + 1 + NR) + C));
+        float *scratch = malloc(4 * (n * (2 * F + 2 * F + C + C + C + A + Q + Q + 1 + widest) + C));
         _Pragma("omp for schedule(static)") SEQUENCES(B, T, threads) {
             float *free_at = scratch;
-            float *dgu = TAKE(2 * F), *silu = TAKE(F), *dout = TAKE(C), *dx2 = TAKE(C), *h = TAKE(C), *datt = TAKE(A), *dqkv = TAKE(Q);
-            float *dq = TAKE(Q), *dk = dq + n * A, *dv = dk + n * KV * D, *scrap = TAKE(1), *columns = TAKE(NR), *dnorm = free_at;
+            float *dgu = TAKE(2 * F), *silu = TAKE(F), *dsilu = TAKE(F), *dout = TAKE(C), *dx2 = TAKE(C), *h = TAKE(C), *datt = TAKE(A), *dqkv = TAKE(Q);
+            float *dq = TAKE(Q), *dk = dq + n * A, *dv = dk + n * KV * D, *scrap = TAKE(1), *panels = TAKE(widest), *dnorm = free_at;
             float *dnorm1 = dw + share * weights, *dWqkv = dnorm1 + C, *dWproj = dWqkv + Q * C, *dnorm2 = dWproj + C * A;
             float *dWgate_up = dnorm2 + C, *dWdown = dWgate_up + 2 * F * C, *dbias = dWdown + C * F;
             long tokens = rows * T, at = b * T;
@@ -662,23 +668,22 @@ void block_back(const layer *w, const float *x, const kept *keep, const float *k
             long strides[9] = {s.q[0], s.q[1], s.q[2], s.dk[0], s.dk[1], s.dk[2], s.dv[0], s.dv[1], s.dv[2]};
 
             add(dy + at * C, 0, dout, tokens * C, f);
-            swiglu(keep->gate_up + at * 2 * F, silu, tokens, F, f);
-            weight_gradient(dout, silu, dWdown, tokens, C, F, columns);
-            linear(dout, w->down_back, 0, silu, tokens, F, C, 1, f);                       /* from here on the gradient of silu */
-            swiglu_back(keep->gate_up + at * 2 * F, silu, dgu, tokens, F, f);
+            linear(dout, w->down_back, 0, dsilu, tokens, F, C, 1, f);
+            swiglu_back(keep->gate_up + at * 2 * F, dsilu, dgu, silu, tokens, F, f);
+            weight_gradient(dout, silu, dWdown, tokens, C, F, panels);
             rms_norm(keep->x2 + at * C, w->norm2, w->eps, h, scrap, tokens, C, f);
-            weight_gradient(dgu, h, dWgate_up, tokens, 2 * F, C, columns);
+            weight_gradient(dgu, h, dWgate_up, tokens, 2 * F, C, panels);
             linear(dgu, w->gate_up_back, 0, h, tokens, C, 2 * F, 1, f);                    /* from here on the gradient of h */
             rms_norm_back(keep->x2 + at * C, w->norm2, keep->scale2 + at, h, dx2, dnorm, tokens, C, 1, f);
             add(dnorm2, dnorm, dnorm2, C, &exact);
             add(dout, dx2, dx2, tokens * C, f);
-            weight_gradient(dx2, keep->att + at * A, dWproj, tokens, C, A, columns);
+            weight_gradient(dx2, keep->att + at * A, dWproj, tokens, C, A, panels);
             linear(dx2, w->proj_back, 0, datt, tokens, A, C, 1, f);
             attention_back(keep->q + at * A, k + b * s.k[0], v + b * s.v[0], 0, keep->sums + at * 2 * H, datt, dq, dk, dv, &s, f);
             rope(dqkv, dq, dk, dv, 0, strides, rows, T, H, KV, D, cos, sin, 0, 1, f);
             if (w->qkv_bias) for (long t = 0; t < tokens; t++) add(dbias, dqkv + t * Q, dbias, Q, &exact);
             rms_norm(x + at * C, w->norm1, w->eps, h, scrap, tokens, C, f);
-            weight_gradient(dqkv, h, dWqkv, tokens, Q, C, columns);
+            weight_gradient(dqkv, h, dWqkv, tokens, Q, C, panels);
             linear(dqkv, w->qkv_back, 0, h, tokens, C, Q, 1, f);
             rms_norm_back(x + at * C, w->norm1, keep->scale1 + at, h, dx + at * C, dnorm, tokens, C, 1, f);
             add(dnorm1, dnorm, dnorm1, C, &exact);

@@ -320,7 +320,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, dy):
         (x,), num, dy, width = ctx.saved_tensors, ctx.num, _rows(dy), dy.shape[-1]
         dx = torch.empty_like(x)
-        num.lib.swiglu_back(x.data_ptr(), dy.data_ptr(), dx.data_ptr(), dy.numel() // width, width, num.c_format)
+        num.lib.swiglu_back(x.data_ptr(), dy.data_ptr(), dx.data_ptr(), None, dy.numel() // width, width, num.c_format)
         return num.seen(dx, "backward", ctx.where), None
 
 
