@@ -271,6 +271,14 @@ class Numerics:
         The logits exist for one chunk of rows at a time, forward and backward: memory is chunk_bytes, not N x V."""
         return self._apply(_TokenLogprobs, h, w, targets, rows, temperature, max(1, chunk_bytes // (4 * w.shape[0])))
 
+    def _add_mm32(self, out, a, b):
+        """out += a b in FP32; without a second tensor of out's size, which for a head is vocabulary x width."""
+        if a.dtype == torch.float32:
+            out.addmm_(a, b)
+        else:
+            for part, rows in zip(out.split(1 << 14), a.split(1 << 14)):
+                part += self._mm32(rows, b)
+
     def _mm32(self, a, b):
         """a b with an FP32 result, whatever the dtype of a and b."""
         return torch.mm(a, b, out_dtype=torch.float32) if a.dtype != torch.float32 else torch.mm(a, b)
@@ -490,7 +498,7 @@ class _TokenLogprobs(torch.autograd.Function):
             # d logp / d logits = onehot - softmax
             d[torch.arange(len(d), device=d.device), targets[s]] -= 1
             d = num._out(d.mul_(dlogp[s, None] * (-1 / ctx.temperature)), "backward", ctx.where)
-            dw += num._mm32(d.t(), hs)
+            num._add_mm32(dw, d.t(), hs)
             d = num._out(d @ wr, "backward", ctx.where)
             if rows is None:
                 dh[s] = d

@@ -157,8 +157,8 @@ class Sampler:
                 if alive == 0:
                     break
                 if alive <= len(row) // 2:                                                   # drop finished rows
-                    index = torch.argsort(done, stable=True)                                 # on a GPU by halves: a graph has its shape
-                    index = index[:alive if self.graphs is None else len(row) // 2]
+                    index = torch.argsort(done, stable=True)[:alive if self.graphs is None else len(row) // 2]
+                    # with graphs by halves, since each number of rows needs one of its own
                     row, token, done = row[index], token[index], done[index]
                     step.keep(index)
             token, logp = step(token, noise[t + 1] if row is everyone else noise[t + 1][row])

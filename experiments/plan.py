@@ -21,6 +21,8 @@ def saved_per_token(gpt, length, element, lanes, fused):
     which keeps no probabilities."""
     C, F, H, D = gpt.width, gpt.mlp_width, gpt.n_heads, gpt.head_dim
     heads = (H + 2 * gpt.n_kv_heads) * D
+    if lanes and D % lanes == 0 and not gpt.qk_norm:                  # the block in one call makes the rest again
+        return 4 * (2 * C + heads + H * D + 2 * F + 2 * H + 2)
     n = 4 * C * element + 8                                           # two norms: what went in and out, and a scale
     n += heads * element + H * D * element                            # q, k, v and attention's output
     n += 8 * H if lanes and D % lanes == 0 else H * D * element + 4 * H if fused else 4 * H * length        # ... its softmax
@@ -56,8 +58,8 @@ def needs(cfg, device):
         "gradients, FP32": (4 * N, "--n-layers --width --mlp-width"),
         "AdamW's two moments, FP32": (8 * N, "--n-layers --width --mlp-width"),
         f"KV cache of {rows} rows of {width}": (kept, "--rollout-rows --prompts --group --digits"),
-        f"logits of {rows} rows while sampling": (rows * gpt.vocab_size * (4 if lanes else 20), "--rollout-rows --prompts"),
-        f"activations of {tokens} tokens": (tokens * (gpt.n_layers * layer + gpt.width * element), "--micro-batch --base-batch --digits"),
+        f"logits of {rows} rows": (rows * gpt.vocab_size * (4 if lanes else 20), "--rollout-rows --prompts"),
+        f"activations of {tokens} tokens": (tokens * (gpt.n_layers * layer + gpt.width * element), "--micro-batch --base-batch"),
         "the layer at work": (passing, "--micro-batch --digits"),
         "logits while training, a chunk": (logits, "--micro-batch"),
     }

@@ -47,7 +47,8 @@ def sizes(gpu):
     """The default model; 25 M; GPT-2's shape; Qwen2.5-0.5B's shape. A CPU gets fewer rows of the large ones, to finish."""
     default = GPTConfig(vocab_size=258, context=64)
     m25 = GPTConfig(vocab_size=258, n_layers=8, width=512, n_heads=8, n_kv_heads=4, mlp_width=1408, context=256)
-    gpt2 = GPTConfig(vocab_size=50257, n_layers=12, width=768, n_heads=12, n_kv_heads=12, mlp_width=2048, context=512, tied_head=True)
+    gpt2 = GPTConfig(vocab_size=50257, n_layers=12, width=768, n_heads=12, n_kv_heads=12, mlp_width=2048, context=512,
+                     tied_head=True)
     qwen = GPTConfig(vocab_size=151936, n_layers=24, width=896, n_heads=14, n_kv_heads=2, mlp_width=4864, context=512,
                      rope_theta=1e6, qkv_bias=True, tied_head=True)
     if gpu:
@@ -119,7 +120,7 @@ def to_transformers(model):
     missing = peer.load_state_dict({k: v.detach() for k, v in state.items()}, strict=False)
     unset = [k for k in missing.missing_keys if k != "lm_head.weight" or not c.tied_head]
     if unset or missing.unexpected_keys:
-        raise InputError(f"transformers {transformers.__version__} names its weights otherwise: {unset + missing.unexpected_keys}")
+        raise InputError(f"transformers {transformers.__version__} names weights otherwise: {unset + missing.unexpected_keys}")
     return peer
 
 
@@ -175,9 +176,9 @@ def trl_steps(peer, size, turns, own_step, folder):
             ours.append(time.perf_counter() - begin)
     cpu = peer.device.type == "cpu"
     config = GRPOConfig(
-        output_dir=folder, max_steps=turns + 1, per_device_train_batch_size=rows, num_generations=8, max_completion_length=size.new,
-        generation_kwargs=dict(min_new_tokens=size.new), temperature=1.0, top_p=1.0, top_k=0, beta=0.0, loss_type="dr_grpo",
-        scale_rewards="none", learning_rate=1e-6, use_cpu=cpu, bf16=False, fp16=not cpu, gradient_checkpointing=False,
+        output_dir=folder, max_steps=turns + 1, per_device_train_batch_size=rows, num_generations=8,
+        max_completion_length=size.new, generation_kwargs=dict(min_new_tokens=size.new), temperature=1.0, top_p=1.0, top_k=0, beta=0.0,
+        loss_type="dr_grpo", scale_rewards="none", learning_rate=1e-6, use_cpu=cpu, bf16=False, fp16=not cpu, gradient_checkpointing=False,
         report_to=[], logging_strategy="no", save_strategy="no", disable_tqdm=True, disable_dropout=True, seed=0,
         dataloader_pin_memory=False)
     with warnings.catch_warnings():
@@ -241,7 +242,7 @@ class Own:
 
     def flops(self):
         """Model FLOPs of real tokens -> (rollout, step): prompts prefilled once, each new token but the last decoded, then
-        forward and backward over whole sequences. Padding and masked scores are not counted."""
+        forward and backward over whole sequences. Padding, masked scores and what is computed twice are not counted."""
         s, m = self.size, self.model
         rows, mean = s.prompts * 8, s.prompt + s.new / 2
         rollout = m.flops(s.prompts * s.prompt, s.prompt / 2, s.prompts) + m.flops(rows * (s.new - 1), mean, rows * (s.new - 1))
@@ -303,8 +304,9 @@ def compare(name, size, device, turns, only, missing, folder):
         base = "tenbit fp32" if device.type == "cpu" else "tenbit fp16"
         flops, peak = own[base].flops()[0], median(peaks)
         report["rollout"] = {
-            n: dict(seconds=median(t), tokens_per_s=made / median(t), times=t, **(dict(share_of_gemm_peak=flops / median(t) / peak) if n in own else {}))
-            for n, t in times.items()}
+            n: dict(seconds=median(t), tokens_per_s=made / median(t), times=t) for n, t in times.items()}
+        for n in own:
+            report["rollout"][n]["share_of_gemm_peak"] = flops / median(times[n]) / peak
         if device.type == "cuda":
             report["bandwidth"] = bandwidth(device)
             for n, o in own.items():
@@ -312,7 +314,8 @@ def compare(name, size, device, turns, only, missing, folder):
         for n, t in times.items():
             r = report["rollout"][n]
             against = f"{base} is {ratio(t, times[base]):5.2f} x as fast" if n not in own else \
-                f"{r['share_of_gemm_peak']:4.0%} of GEMM peak" + (f", {r['share_of_bandwidth']:.0%} of bandwidth" if "share_of_bandwidth" in r else "")
+                f"{r['share_of_gemm_peak']:4.0%} of GEMM peak"
+            against += f", {r['share_of_bandwidth']:.0%} of bandwidth" if "share_of_bandwidth" in r else ""
             say(f"  rollout  {n:26} {median(t):8.3f} s {made / median(t):9.0f} tokens/s   {against}")
         report["rollout_ratio"] = {n: ratio(t, times[base]) for n, t in times.items()}
         report["rollout_fp16_over_fp32"] = ratio(times["tenbit fp16"], times["tenbit fp32"])
@@ -322,13 +325,15 @@ def compare(name, size, device, turns, only, missing, folder):
         times = taking_turns({n: o.step for n, o in own.items()}, turns, device, measure_peak)
         peak = median(peaks)
         report["gemm_peak"] = peak
-        report["step"] = {n: dict(seconds=median(t), tokens_per_s=made / median(t), times=t, share_of_gemm_peak=own[n].flops()[1] / median(t) / peak,
-                                  split=dict(zip(("rollout", "rewards", "gradient", "update"), np.median(own[n].split[1:], 0).tolist())))
-                          for n, t in times.items()}
+        parts = ("rollout", "rewards", "gradient", "update")
+        report["step"] = {
+            n: dict(seconds=median(t), tokens_per_s=made / median(t), times=t, share_of_gemm_peak=own[n].flops()[1] / median(t) / peak,
+                    split=dict(zip(parts, np.median(own[n].split[1:], 0).tolist()))) for n, t in times.items()}
         for n, t in times.items():
             r = report["step"][n]
             split = ", ".join(f"{k} {v:.3f}" for k, v in r["split"].items())
-            say(f"  step     {n:26} {median(t):8.3f} s {made / median(t):9.0f} tokens/s   {r['share_of_gemm_peak']:4.0%} of GEMM peak ({split})")
+            say(f"  step     {n:26} {median(t):8.3f} s {made / median(t):9.0f} tokens/s   {r['share_of_gemm_peak']:4.0%} of GEMM peak "
+                f"({split})")
         for other in ("fp32", "bf16"):
             if f"tenbit {other}" in times:
                 report[f"step_fp16_over_{other}"] = ratio(times["tenbit fp16"], times[f"tenbit {other}"])
@@ -336,9 +341,10 @@ def compare(name, size, device, turns, only, missing, folder):
         try:
             if peer is not None:
                 theirs, ours = trl_steps(peer.float(), size, turns, own["tenbit fp16"].step, folder)
-                report["trl"] = dict(seconds=median(theirs), tokens_per_s=made / median(theirs), times=theirs, own_times=ours, ratio=ratio(theirs, ours))
-                say(f"  step     {'TRL GRPOTrainer':26} {median(theirs):8.3f} s {made / median(theirs):9.0f} tokens/s   tenbit fp16 between "
-                    f"its steps {median(ours):.3f} s: {report['trl']['ratio']:.2f} x as fast")
+                report["trl"] = dict(seconds=median(theirs), tokens_per_s=made / median(theirs), times=theirs, own_times=ours,
+                                     ratio=ratio(theirs, ours))
+                say(f"  step     {'TRL GRPOTrainer':26} {median(theirs):8.3f} s {made / median(theirs):9.0f} tokens/s   tenbit fp16 "
+                    f"between its steps {median(ours):.3f} s: {report['trl']['ratio']:.2f} x as fast")
         except ImportError as e:
             missing.add(f"{e.name} is not installed: no rows of TRL")
     report["peak_memory_mib"] = peak_memory(device)
@@ -354,8 +360,8 @@ def scaling(device, turns, folder):
     """The default model, FP16: rows from 64 to 1,024 at 64 tokens, and lengths from 64 to 1,024 at 64 rows.
 
     Rule: cost per token does not rise with rows, and with length by no more than attention's own term. Time per token is
-    fitted by a + b * (mean number of keys), a and b not negative; `off` is the largest amount by which a measured point lies above
-    the line, as a share."""
+    fitted by a + b * (mean number of keys), a and b not negative; `off` is the largest amount by which a measured point lies
+    above the line, as a share."""
     points = {"rows": [(r, 64) for r in (64, 128, 256, 512, 1024)], "length": [(64, n) for n in (64, 128, 256, 512, 1024)]}
     report = {}
     for axis, cases in points.items():
@@ -479,7 +485,8 @@ def memory_probe(device):
 def main(argv=None):
     p = Parser(prog="python -m experiments.speed", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     p.add_argument("--sizes", nargs="+", choices=("0.9M", "25M", "124M", "0.5B"), help="models to compare on (default: all)")
-    p.add_argument("--only", nargs="+", choices=("rollout", "step", "scaling", "memory"), default=("rollout", "step", "scaling", "memory"))
+    parts = ("rollout", "step", "scaling", "memory")
+    p.add_argument("--only", nargs="+", choices=parts, default=parts, help="which parts (default: all)")
     p.add_argument("--turns", type=ranged(int, 1, 100), default=5, help="counted turns of each contender")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     p.add_argument("--out", default="", help="folder for speed-DEVICE.json and the figure, such as results")

@@ -245,6 +245,33 @@ def test_chunked_logprobs_are_the_whole_ones(fmt, device, monkeypatch):
     assert torch.allclose(whole[1].double(), -(lp.exp() * lp).sum(-1), atol=1e-4)
 
 
+@pytest.mark.parametrize("vocabulary, tokens", [(3000, 500), (5000, 900)])
+def test_nothing_of_tokens_times_vocabulary_is_ever_whole(vocabulary, tokens, device):
+    """The largest tensor that log-probs and their gradient make, by watching every operator: one chunk of logits, or the
+    gradients themselves."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    num, C, chunk = numerics("fp16", device), 16, 1 << 18
+    w = torch.nn.Parameter(torch.randn(vocabulary, C, device=device))
+    num.hold([w])
+    h = num.round_(torch.randn(tokens, C, device=device).to(num.dtype)).requires_grad_()
+    targets = torch.randint(0, vocabulary, (tokens,), device=device)
+    num.token_logprobs(h[:3], w, targets[:3])[0].sum().backward()
+    w.grad = None
+    largest = [0]
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in torch.utils._pytree.tree_leaves(out):
+                if isinstance(t, torch.Tensor):
+                    largest[0] = max(largest[0], t.numel())
+            return out
+    with Watch():
+        num.token_logprobs(h, w, targets, chunk_bytes=chunk)[0].sum().backward()
+    assert w.grad.shape == w.shape and h.grad.shape == h.shape
+    assert chunk // 8 <= largest[0] <= max(chunk // 4, w.numel(), h.numel()) < tokens * vocabulary / 10
+
+
 # --- weights
 
 
