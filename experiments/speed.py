@@ -175,14 +175,15 @@ def trl_steps(peer, size, turns, own_step, folder):
             sync(peer.device)
             ours.append(time.perf_counter() - begin)
     cpu = peer.device.type == "cpu"
-    config = GRPOConfig(
-        output_dir=folder, max_steps=turns + 1, per_device_train_batch_size=rows, num_generations=8,
-        max_completion_length=size.new, generation_kwargs=dict(min_new_tokens=size.new), temperature=1.0, top_p=1.0, top_k=0, beta=0.0,
-        loss_type="dr_grpo", scale_rewards="none", learning_rate=1e-6, use_cpu=cpu, bf16=False, fp16=not cpu, gradient_checkpointing=False,
-        report_to=[], logging_strategy="no", save_strategy="no", disable_tqdm=True, disable_dropout=True, seed=0,
-        dataloader_pin_memory=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        config = GRPOConfig(
+            output_dir=folder, max_steps=turns + 1, per_device_train_batch_size=rows, num_generations=8,
+            max_completion_length=size.new, generation_kwargs=dict(min_new_tokens=size.new), temperature=1.0, top_p=1.0, top_k=0,
+            beta=0.0, loss_type="dr_grpo", scale_rewards="none", learning_rate=1e-6, use_cpu=cpu, bf16=False, fp16=not cpu,
+            gradient_checkpointing=False,
+            report_to=[], logging_strategy="no", save_strategy="no", disable_tqdm=True, disable_dropout=True, seed=0,
+            dataloader_pin_memory=False)
         trainer = GRPOTrainer(peer, reward, args=config, train_dataset=Dataset.from_dict(dict(prompt=prompts)),
                               processing_class=tokenizer, callbacks=[Turns()])
         trainer.train()
@@ -272,7 +273,10 @@ def compare(name, size, device, turns, only, missing, folder):
     """All contenders on one size -> a dict of figures."""
     model = GPT(size.gpt, device, seed=0)
     rows, made = size.prompts * 8, size.prompts * 8 * size.new
-    say(f"\n{name}: {model.n_params() / 1e6:.1f} M parameters, {rows} answers of {size.new} tokens behind prompts of {size.prompt}")
+    say(f"\n{name}: {model.n_params() / 1e6:.1f} M parameters, {rows} answers of {size.new} tokens, prompts of {size.prompt}")
+
+    def line(kind, who, seconds, text):
+        say(f"  {kind:8} {who:24} {median(seconds):8.3f} s {made / median(seconds):8.0f} tokens/s   {text}")
     own = {"tenbit fp32": Own(model, size, "fp32"), "tenbit fp16": Own(model, size, "fp16")}
     if device.type == "cuda":
         own["tenbit bf16"] = Own(model, size, "bf16")
@@ -316,7 +320,7 @@ def compare(name, size, device, turns, only, missing, folder):
             against = f"{base} is {ratio(t, times[base]):5.2f} x as fast" if n not in own else \
                 f"{r['share_of_gemm_peak']:4.0%} of GEMM peak"
             against += f", {r['share_of_bandwidth']:.0%} of bandwidth" if "share_of_bandwidth" in r else ""
-            say(f"  rollout  {n:26} {median(t):8.3f} s {made / median(t):9.0f} tokens/s   {against}")
+            line("rollout", n, t, against)
         report["rollout_ratio"] = {n: ratio(t, times[base]) for n, t in times.items()}
         report["rollout_fp16_over_fp32"] = ratio(times["tenbit fp16"], times["tenbit fp32"])
 
@@ -327,13 +331,13 @@ def compare(name, size, device, turns, only, missing, folder):
         report["gemm_peak"] = peak
         parts = ("rollout", "rewards", "gradient", "update")
         report["step"] = {
-            n: dict(seconds=median(t), tokens_per_s=made / median(t), times=t, share_of_gemm_peak=own[n].flops()[1] / median(t) / peak,
+            n: dict(seconds=median(t), tokens_per_s=made / median(t), times=t,
+                    share_of_gemm_peak=own[n].flops()[1] / median(t) / peak,
                     split=dict(zip(parts, np.median(own[n].split[1:], 0).tolist()))) for n, t in times.items()}
         for n, t in times.items():
             r = report["step"][n]
             split = ", ".join(f"{k} {v:.3f}" for k, v in r["split"].items())
-            say(f"  step     {n:26} {median(t):8.3f} s {made / median(t):9.0f} tokens/s   {r['share_of_gemm_peak']:4.0%} of GEMM peak "
-                f"({split})")
+            line("step", n, t, f"{r['share_of_gemm_peak']:4.0%} of GEMM peak ({split})")
         for other in ("fp32", "bf16"):
             if f"tenbit {other}" in times:
                 report[f"step_fp16_over_{other}"] = ratio(times["tenbit fp16"], times[f"tenbit {other}"])
@@ -343,8 +347,8 @@ def compare(name, size, device, turns, only, missing, folder):
                 theirs, ours = trl_steps(peer.float(), size, turns, own["tenbit fp16"].step, folder)
                 report["trl"] = dict(seconds=median(theirs), tokens_per_s=made / median(theirs), times=theirs, own_times=ours,
                                      ratio=ratio(theirs, ours))
-                say(f"  step     {'TRL GRPOTrainer':26} {median(theirs):8.3f} s {made / median(theirs):9.0f} tokens/s   tenbit fp16 "
-                    f"between its steps {median(ours):.3f} s: {report['trl']['ratio']:.2f} x as fast")
+                line("step", "TRL GRPOTrainer", theirs, f"tenbit fp16, run between its steps, {median(ours):.3f} s: "
+                     f"{report['trl']['ratio']:.2f} x as fast")
         except ImportError as e:
             missing.add(f"{e.name} is not installed: no rows of TRL")
     report["peak_memory_mib"] = peak_memory(device)
@@ -391,7 +395,8 @@ def scaling(device, turns, folder):
             report[f"{axis}_{what}"] = dict(a=float(a), b=float(b), off=float((y / line - 1).max()))
         say(f"\nscaling with {axis}, microseconds per new token (rollout + gradient = step):")
         for p in table:
-            say(f"  {p['rows']:5} rows, length {p['length']:5}: {p['rollout_us']:7.1f} + {p['gradient_us']:7.1f} = {p['step_us']:7.1f}")
+            say(f"  {p['rows']:5} rows, length {p['length']:5}: "
+                f"{p['rollout_us']:7.1f} + {p['gradient_us']:7.1f} = {p['step_us']:7.1f}")
         f = report[f"{axis}_step_us"]
         say(f"  largest amount above {'the line' if axis == 'length' else 'the first'}: {f['off']:.0%}" +
             (f"; {f['a']:.1f} us a token and {1e3 * f['b']:.0f} ns a token and key" if axis == "length" else ""))
@@ -433,15 +438,15 @@ def memory(device):
     memory rises above what was there before (weights, hidden states) and above the gradients that it leaves."""
     report = json.loads(subprocess.run([sys.executable, "-m", "experiments.speed", "--memory-probe", "--device", str(device)],
                                        capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-    say(f"\nlog-probs of {report['tokens']} tokens, vocabulary {report['vocabulary']}, width {report['width']}, fp16, forward and "
-        f"backward: {report['extra_mib']:.0f} MiB above what was there, {report['gradients_mib']:.0f} of them the gradients "
+    say(f"\nlog-probs of {report['tokens']} tokens, vocabulary {report['vocabulary']}, width {report['width']}, fp16, forward "
+        f"and backward: {report['extra_mib']:.0f} MiB above what was there, {report['gradients_mib']:.0f} of them the gradients "
         f"themselves; whole logits would take {report['whole_mib']:.0f} MiB")
     return report
 
 
 def memory_probe(device):
     import threading
-    V, N, C = 151936, 32768, 896
+    V, N, C = 151936, 32768, 128
     w = torch.nn.Parameter(torch.randn(V, C, device=device) * 0.02)
     num = numerics("fp16", device).hold([w])
     h = num.round_(torch.randn(N, C, device=device).to(num.dtype)).requires_grad_()

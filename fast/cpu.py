@@ -119,8 +119,8 @@ def _near(t):
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [(n, ctypes.c_void_p) for n in ("norm1", "qkv", "qkv_bias", "proj", "norm2", "gate_up", "down", "qkv_back", "proj_back",
-                                               "gate_up_back", "down_back")] + [
+    _fields_ = [(n, ctypes.c_void_p) for n in (
+        "norm1", "qkv", "qkv_bias", "proj", "norm2", "gate_up", "down", "qkv_back", "proj_back", "gate_up_back", "down_back")] + [
         (n, ctypes.c_int64) for n in ("C", "H", "KV", "D", "F")] + [("eps", ctypes.c_float)]
 
 
@@ -234,7 +234,8 @@ class CPUNumerics(Numerics):
         """The _Layer of a model.Block: where its rounded and packed weights are. They stay there, `refresh` fills in place."""
         if (block, backward) not in self._layers:
             c, bias = block.cfg, None if block.qkv_bias is None else self.weight(block.qkv_bias)      # its length: whole panels
-            back = [self.panels(p, True).data_ptr() if backward else None for p in (block.qkv, block.proj, block.gate_up, block.down)]
+            matrices = (block.qkv, block.proj, block.gate_up, block.down)
+            back = [self.panels(p, True).data_ptr() if backward else None for p in matrices]
             self._layers[block, backward] = ctypes.byref(_Layer(
                 self.weight(block.norm1).data_ptr(), self.panels(block.qkv).data_ptr(), _or_null(bias),
                 self.panels(block.proj).data_ptr(), self.weight(block.norm2).data_ptr(), self.panels(block.gate_up).data_ptr(),
@@ -441,7 +442,7 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def run(num, block, x, cos, sin, mask=None, cache=None, layer=0, kept=None, kv=None):
-        (B, T, C), c, x = x.shape, block.cfg, _rows(x)
+        (B, T, _), c, x = x.shape, block.cfg, _rows(x)
         cos, sin = _rows(cos), _rows(sin)
         y, slots, Tk = torch.empty_like(x), None, T
         if cache is None:
@@ -460,9 +461,9 @@ class _Block(torch.autograd.Function):
             mask = _rows(mask)
             wide = mask.expand(B, 1, T, Tk) if mask.dim() == 4 else mask.expand(B, T, Tk)[:, None]
             shape.mask[0], shape.mask[1] = wide.stride(0), wide.stride(2)
-        num.lib.block(num.layer(block, kept is not None), x.data_ptr(), y.data_ptr(), kept, *new, _or_null(slots), keys.data_ptr(),
-                      values.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos[0].numel() if cos.dim() == 3 else 0, _or_null(mask),
-                      ctypes.byref(shape), torch.get_num_threads(), num.c_format)
+        num.lib.block(num.layer(block, kept is not None), x.data_ptr(), y.data_ptr(), kept, *new, _or_null(slots),
+                      keys.data_ptr(), values.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos[0].numel() if cos.dim() == 3 else 0,
+                      _or_null(mask), ctypes.byref(shape), torch.get_num_threads(), num.c_format)
         return y
 
     @staticmethod
@@ -485,9 +486,10 @@ class _Block(torch.autograd.Function):
         shape.k, shape.v = ((ctypes.c_int64 * 3)(*t.stride()[:3]) for t in kv)
         weights = (block.norm1, block.qkv, block.proj, block.norm2, block.gate_up, block.down, block.qkv_bias)      # as in cpu.c
         dx, dw = torch.empty_like(x), x.new_zeros(threads, sum(w.numel() for w in weights if w is not None))
-        num.lib.block_back(num.layer(block, True), x.data_ptr(), ctypes.byref(_Kept(*(t.data_ptr() for t in keep))), kv[0].data_ptr(),
-                           kv[1].data_ptr(), cos.data_ptr(), sin.data_ptr(), dy.data_ptr(), dx.data_ptr(), dw.data_ptr(),
-                           ctypes.byref(shape), threads, num.c_format)
+        kept = _Kept(*(t.data_ptr() for t in keep))
+        num.lib.block_back(num.layer(block, True), x.data_ptr(), ctypes.byref(kept), kv[0].data_ptr(), kv[1].data_ptr(),
+                           cos.data_ptr(), sin.data_ptr(), dy.data_ptr(), dx.data_ptr(), dw.data_ptr(), ctypes.byref(shape),
+                           threads, num.c_format)
         parts = iter(dw.sum(0).split([w.numel() for w in weights if w is not None]))
         return (dx, None, None, None, None, *(None if w is None else next(parts).view(w.shape) for w in weights))
 

@@ -123,8 +123,9 @@ def test_a_block_in_one_call_is_its_lines_bit_for_bit(variant, fmt, monkeypatch)
         with torch.no_grad():
             again, _ = model.token_logprobs(tokens, where)
         assert torch.equal(again, logp)                              # with nothing kept for the way back, too
-        out = [Sampler(model, stop=3, pad=PAD).generate(prompts, 8, 20, seed=1) for prompts in (PROMPTS, [[1, 2, 3], [4, 5, 6]])]
-        results.append((logp.detach(), [x for o in out for x in (o.tokens, o.logp)], [p.grad.clone() for p in model.parameters()]))
+        sampler, gradients = Sampler(model, stop=3, pad=PAD), [p.grad.clone() for p in model.parameters()]
+        out = [sampler.generate(prompts, 8, 20, seed=1) for prompts in (PROMPTS, [[1, 2, 3], [4, 5, 6]])]
+        results.append((logp.detach(), [x for o in out for x in (o.tokens, o.logp)], gradients))
     (a, sampled_a, grads_a), (b, sampled_b, grads_b) = results
     assert {True, False} == set(calls) and torch.equal(a, b)
     assert all(torch.equal(x, y) for x, y in zip(sampled_a, sampled_b))
