@@ -507,6 +507,8 @@ def main(argv=None):
         transformers.logging.set_verbosity_error()
     except ImportError:
         pass
+    if a.out:
+        os.makedirs(a.out, exist_ok=True)                              # before the long measurements, not after
     missing = set()
     if device.type == "cpu":
         missing.add("no GPU: no rows of CUDA")
@@ -539,7 +541,6 @@ def main(argv=None):
     for line in report["left_out"]:
         say(f"left out: {line}")
     if a.out:
-        os.makedirs(a.out, exist_ok=True)
         with open(f"{a.out}/speed-{device.type}.json", "w") as f:
             json.dump(report, f, indent=1)
     print(json.dumps(report))
