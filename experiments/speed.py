@@ -423,10 +423,10 @@ def draw_scaling(report, path, device):
         ax.set_xscale("log", base=2)
         ax.set_xticks(x, [str(n) for n in x])
         ax.set_xlabel("rows, 64 tokens each" if axis == "rows" else "tokens, 64 rows (dashed: a + b x keys)")
-        ax.set_ylim(0)
         ax.grid(alpha=0.3)
+    axes[0].set_ylim(bottom=0)
     axes[0].set_ylabel("microseconds per new token")
-    axes[0].legend()
+    axes[1].legend(loc="upper left")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     fig.suptitle(f"0.9 M parameters, FP16, {name}", fontsize=10)
     fig.tight_layout()

@@ -1,4 +1,4 @@
-/* cpu.c: the operators of precision.py, everything but the matrix products, each in one pass over memory.
+/* cpu.c: the operators of precision.py for a CPU, each in one pass over memory, and model.Block in one call.
 
 Written once for every vector width with the vector types of GCC and Clang. A number is rounded by `rounded`, on its way
 to memory, and nowhere else. Sums run in an order that depends on the row alone, never on how many rows share the call.
@@ -24,7 +24,7 @@ Names as in precision.py: B rows, T tokens, H heads, KV key/value heads, D head 
 #define MR 8
 #endif
 #define NR (2 * VL)
-#define QUERIES 60                             /* query rows whose probabilities exist at a time, a multiple of 12 and 6 */
+#define QUERIES 60                             /* query rows whose probabilities exist at a time */
 #define INLINE static inline __attribute__((always_inline))
 #define PARALLEL(work) _Pragma(STRING(omp parallel for schedule(static) if ((work) > 20000)))
 #define STRING(...) #__VA_ARGS__
@@ -133,7 +133,7 @@ INLINE vf rounded(vf x, const int kind, format f) {
     return any_format(x, f);
 }
 
-/* KERNEL(f, ...): the function f_ below it, compiled once for each kind of rounding */
+/* call, compiled once for each kind of rounding; a function f is f_ in all its kinds */
 #define FOR_KINDS(f, call) switch (f.kind) { \
     case FP32: { const int kind = FP32; call; } break; case FP16: { const int kind = FP16; call; } break; \
     case WIDE: { const int kind = WIDE; call; } break; default: { const int kind = ANY; call; } }
@@ -624,10 +624,10 @@ void block(const layer *w, const float *x, float *y, const kept *keep, float *k,
     }
 }
 
-/* dw (O, I) += dy (n, O)^T x (n, I), the gradient of a weight. `panels` has room for n * up(I, NR) floats. Both sides are copied
-   into the order in which they are read: x as a whole, dy a few columns at a time. */
+/* dw (O, I) += dy (n, O)^T x (n, I), the gradient of a weight. `panels` has room for n * (up(I, NR) + MR) floats. Both sides are
+   copied into the order in which they are read: x as a whole, dy a few columns at a time. */
 static void weight_gradient(const float *dy, const float *x, float *dw, long n, long O, long I, float *panels) {
-    float columns[MR * up(n, 8)], edge[MR * NR];
+    float *columns = panels + n * up(I, NR), edge[MR * NR];
     for (long i = 0; i < I; i += NR) for (long t = 0; t < n; t++) for (long j = 0; j < NR; j++)
         panels[i * n + t * NR + j] = i + j < I ? x[t * I + i + j] : 0;
     for (long o = 0; o < O; o += MR) {
@@ -649,7 +649,7 @@ void block_back(const layer *w, const float *x, const kept *keep, const float *k
                 const float *sin, const float *dy, float *dx, float *dw, const shape *whole, long threads, format *f) {
     const long C = w->C, H = w->H, KV = w->KV, D = w->D, F = w->F, T = whole->Tq, B = whole->B, A = H * D, Q = (H + 2 * KV) * D;
     const long some = (TOKENS + T - 1) / T, n = some * T, weights = 2 * C + Q * C + C * A + 3 * F * C + (w->qkv_bias ? Q : 0);
-    const long widest = up(C > A ? C > F ? C : F : A > F ? A : F, NR);
+    const long widest = up(C > A ? C > F ? C : F : A > F ? A : F, NR) + MR;
     format exact = {0};
     _Pragma("omp parallel") {
         float *scratch = malloc(4 * (n * (2 * F + 2 * F + C + C + C + A + Q + Q + 1 + widest) + C));
