@@ -43,7 +43,6 @@ class GPTConfig:
         if self.head_dim % 2:
             raise InputError(f"head_dim {self.head_dim} is odd: rotary positions need pairs of features")
 
-
     def n_matrix_params(self):
         """Weights that a token is multiplied with: all but the embedding, norms and biases."""
         heads = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
@@ -208,7 +207,7 @@ class GPT(nn.Module):
         return self.num.token_logprobs(hidden, self.head, tokens[:, 1:].flatten()[rows], rows, temperature)
 
     def n_params(self):
-        return sum(p.numel() for p in self.parameters())
+        return self.cfg.n_params()
 
     def flops(self, tokens, context, heads):
         """Multiply-adds counted as 2, for one forward pass: `tokens` through the blocks, each with `context` keys on

@@ -32,6 +32,16 @@ def saved_per_token(gpt, length, element, lanes, fused):
     return n
 
 
+def most_rows(cfg):
+    """Answers that are decoded at once, at most: in a step, while choosing or while evaluating."""
+    return max(cfg.prompts * cfg.group, min(cfg.rollout_rows, max(cfg.pool * cfg.tries, cfg.heldout * cfg.eval_tries)))
+
+
+def largest_batch(cfg):
+    """Sequences that go forward and back at once, at most: a micro-batch, or a batch of demonstrations."""
+    return max(min(cfg.micro_batch, cfg.prompts * cfg.group), cfg.base_batch)
+
+
 def needs(cfg, device):
     """name -> (bytes, the flags that change it)."""
     task = make_task(cfg.task, cfg.digits, cfg.noise)
@@ -44,11 +54,11 @@ def needs(cfg, device):
     if lanes:                                                         # packed a second time, for each direction that is used
         rounded += 4 * matrices * (2 + (cfg.rollout_format != cfg.train_format))
     element = native[cfg.train_format]
-    rows = max(cfg.prompts * cfg.group, min(cfg.rollout_rows, max(cfg.pool * cfg.tries, cfg.heldout * cfg.eval_tries)))
+    rows = most_rows(cfg)
     width = -(-length // 64) * 64 if gpu and cfg.fast else length
     cache = 2 * gpt.n_layers * gpt.n_kv_heads * gpt.head_dim * width * native[cfg.rollout_format]
     kept = cache * (rows + cfg.prompts * cfg.group if gpu and cfg.fast else 3 * rows // 2)      # two sets of graphs; or a copy
-    tokens = max(min(cfg.micro_batch, cfg.prompts * cfg.group), cfg.base_batch) * (length - 1)
+    tokens = largest_batch(cfg) * (length - 1)
     layer = saved_per_token(gpt, length, element, lanes, fused=gpu and element == 2)
     logits = 3 * min(CHUNK, 4 * gpt.vocab_size * tokens)
     passing = tokens * 4 * element * gpt.mlp_width

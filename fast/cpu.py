@@ -96,7 +96,6 @@ def _c_format(fmt):
 
 
 FP32 = _c_format(FORMATS["fp32"])
-Three = ctypes.c_long * 3
 
 
 class _Shape(ctypes.Structure):
@@ -213,21 +212,21 @@ class CPUNumerics(Numerics):
         return y
 
     def attention(self, q, k, v, mask=None):
-        D = q.shape[-1]
-        if D % self.lanes or D > 8 * self.lanes:                        # odd head widths: torch's operators
-            y = precision._Attention.apply(q, k, v, mask, self) if torch.is_grad_enabled() else \
-                precision._Attention.forward(NO_GRADIENT, q, k, v, mask, self)
-            return y
+        if not self.takes(q.shape[-1]):                                 # odd head widths: torch's operators
+            return super()._apply(precision._Attention, q, k, v, mask)
         return super().attention(q, k, v, mask)
 
+    def takes(self, head_dim):
+        """Whether the compiled attention can do heads of this width: whole panels, few enough for the registers."""
+        return head_dim % self.lanes == 0 and head_dim <= 8 * self.lanes
+
     def block(self, block, x, cos, sin, mask, cache, layer):
-        D, grad = block.cfg.head_dim, torch.is_grad_enabled()
-        if (self.spy or block.cfg.qk_norm or D % self.lanes or D > 8 * self.lanes or not _block_is_known()
+        grad = torch.is_grad_enabled()
+        if (self.spy or block.cfg.qk_norm or not self.takes(block.cfg.head_dim) or not _block_is_known()
                 or (grad and (cache is not None or mask is not None))):
             return None
         if grad:
-            weights = (block.norm1, block.qkv, block.proj, block.norm2, block.gate_up, block.down, block.qkv_bias)
-            return _Block.apply(x, cos, sin, block, self, *weights)
+            return _Block.apply(x, cos, sin, block, self, *_Block.weights(block))
         return _Block.run(self, block, x, cos, sin, mask, cache, layer)
 
     def layer(self, block, backward):
@@ -441,6 +440,11 @@ class _Block(torch.autograd.Function):
     """model.Block: what the operators above do one after another, in one call there and one back."""
 
     @staticmethod
+    def weights(block):
+        """In the order of block_back's dw."""
+        return block.norm1, block.qkv, block.proj, block.norm2, block.gate_up, block.down, block.qkv_bias
+
+    @staticmethod
     def run(num, block, x, cos, sin, mask=None, cache=None, layer=0, kept=None, kv=None):
         (B, T, _), c, x = x.shape, block.cfg, _rows(x)
         cos, sin = _rows(cos), _rows(sin)
@@ -484,7 +488,7 @@ class _Block(torch.autograd.Function):
         B, T, C = x.shape
         shape = _Shape(B, c.n_heads, c.n_kv_heads, T, T, c.head_dim, T > 1)
         shape.k, shape.v = ((ctypes.c_int64 * 3)(*t.stride()[:3]) for t in kv)
-        weights = (block.norm1, block.qkv, block.proj, block.norm2, block.gate_up, block.down, block.qkv_bias)      # as in cpu.c
+        weights = _Block.weights(block)
         dx, dw = torch.empty_like(x), x.new_zeros(threads, sum(w.numel() for w in weights if w is not None))
         kept = _Kept(*(t.data_ptr() for t in keep))
         num.lib.block_back(num.layer(block, True), x.data_ptr(), ctypes.byref(kept), kv[0].data_ptr(), kv[1].data_ptr(),
