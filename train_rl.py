@@ -417,7 +417,7 @@ def perfectible(sampler, task, pool, cfg, say):
 def rehearse(cfg, device, task, rollout_num, train_num):
     """The largest batch that this run can meet, on random weights and for nothing: the KV cache of the most rows, the longest
     micro-batch there and back, one update. Running out of memory shows now, and not in an hour."""
-    from experiments.plan import advice, available, needs
+    from experiments.plan import advice, available, largest_batch, most_rows, needs
     free, need = available(device), sum(size for size, _ in needs(cfg, device).values())
     if device.type == "cpu" and free is not None and need > free:         # a CPU's system kills without a word: do not try
         raise InputError(f"this run needs about {need / 2 ** 20:.0f} MiB, {free / 2 ** 20:.0f} are free. {advice(cfg, device)}")
@@ -425,17 +425,18 @@ def rehearse(cfg, device, task, rollout_num, train_num):
         model = GPT(gpt_config(cfg, task), device)
         for num in {rollout_num, train_num}:
             num.hold(model.parameters())
-        rows = max(cfg.prompts * cfg.group, min(cfg.rollout_rows, cfg.pool * cfg.tries))
+        rows = most_rows(cfg)
         cache = KVCache(model.cfg, rows, task.prompt_length + task.answer_length, rollout_num)
         prompts = [[0] * task.prompt_length] * -(-rows // cfg.group)
         Sampler(model.use(rollout_num), stop=-1, fast=False).generate(prompts, cfg.group, 2)
         del cache
-        part = min(cfg.micro_batch, cfg.prompts * cfg.group)
+        part = largest_batch(cfg)
         length = torch.full((part,), task.prompt_length + task.answer_length, device=device)
         tokens = torch.zeros(part, int(length[0]), dtype=torch.int64, device=device)
         longest = Rollout(tokens, tokens.float(), torch.full_like(length, task.prompt_length), length, length > 0)
         accumulate_gradient(
-            model.use(train_num), longest, torch.ones(part, device=device), cfg, make_scaler(train_num), task.answer_length
+            model.use(train_num), longest, torch.ones(part, device=device), dataclasses.replace(cfg, micro_batch=part),
+            make_scaler(train_num), task.answer_length
         )
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
         optimizer.step()
@@ -508,7 +509,7 @@ def train(cfg, given, run):
         + "".join(f" | {k} {v}" for k, v in given.items() if k not in ("preset", "out", "resume")))
     say(banner(rollout_num, train_num, scaler))
     if device.type == "cpu" and cfg.fast and not library()[0]:
-        say(f"note: torch's operators, about half as fast as the compiled ones: {library()[1]}")
+        say(f"note: torch's operators, slower than the compiled ones: {library()[1]}")
 
     changed = changed_settings(cfg)
 
