@@ -241,8 +241,8 @@ def test_a_reward_that_is_no_number_is_named(here, whole, monkeypatch):
         train_rl.main(["--resume", "whole-fp16", "--steps", "60"])
 
 
-def test_anatomy_of_a_step():
-    code, out, err = run(ROOT, program="precision.py")
+def test_anatomy_of_a_step(home):
+    code, out, err = run(home, program="precision.py")
     assert code == 0, err
     for word in ("fp16", "bf16", "65504", "weights", "activations", "gradients"):
         assert word in out
