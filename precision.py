@@ -3,7 +3,8 @@
 RL fine-tuning acts with one set of roundings and learns with another. This file makes both the same: `Numerics` is one
 number format on one device, and the model, the sampler and the trainer call its operators and nothing else.
 
-    python precision.py          # the formats in one table, and where a real training step's numbers lie in each
+    python precision.py            # the formats in one table, and where a real training step's numbers lie in each
+    python precision.py --explain  # operator by operator: where the first bit differs between rollout and training
 
 Where is a number rounded? At the end of every operator here, once: on the way forward its output, on the way back its
 input gradient. Inside an operator everything is FP32: products accumulate in FP32, norms and softmax are computed in FP32.
@@ -133,8 +134,11 @@ class Numerics:
 
     fmt: Format; device: torch.device. `dtype` is the dtype in which activations, rounded weights and the KV cache are
     kept: the format's own on CUDA, FP32 tensors of rounded numbers wherever the format is emulated.
+    `exact` is True where rollout and training agree bit for bit (ExactNumerics).
     `spy`, if set, is called as spy(where, kind, tensor) with each operator's rounded output ("forward") and input
     gradient ("backward"): the anatomy below and the search for a first NaN both look through it."""
+
+    exact = False
 
     def __init__(self, fmt, device="cpu"):
         self.fmt = parse_format(fmt) if isinstance(fmt, str) else fmt
@@ -143,7 +147,7 @@ class Numerics:
         self.dtype = self.fmt.native if on_tensor_cores else torch.float32
         self.emulated = self.dtype == torch.float32 and self.fmt.name != "fp32"
         self.operators = "torch's"
-        self.where = ""        # the layer at work, for messages
+        self.where = self.operator = ""        # the layer and the operator at work, for messages
         self.spy = None
         self._rounded = {}
 
@@ -198,6 +202,7 @@ class Numerics:
 
     def _apply(self, op, *args):
         """Run an operator below; with no gradient wanted (every rollout) autograd's bookkeeping is left out."""
+        self.operator = op.__name__
         return op.apply(*args, self) if torch.is_grad_enabled() else op.forward(NO_GRADIENT, *args, self)
 
     def embed(self, tokens, w):
@@ -233,6 +238,7 @@ class Numerics:
         when Tq == 1; else a bool mask that broadcasts to (B, 1, Tq, Tk), True where a query may look. SDPA's own
         is_causal lines up the top left corners, which is wrong for a chunk behind a cache: it is used for Tq == Tk only."""
         assert mask is not None or q.shape[2] in (1, k.shape[2])
+        self.operator = "_Attention"
         if self.dtype == torch.float32:
             return self._apply(_Attention, q, k, v, mask)
         if q.shape[2] == 1 and q.shape[1] != k.shape[1]:                 # one query: heads that share a key head become queries
@@ -258,7 +264,7 @@ class Numerics:
 
         u * total < total in FP32 for every u below 1, so the token found always has a probability above 0. One uniform number
         a token, drawn beforehand: a row's answer depends on its own numbers only, not on which rows share the batch."""
-        logp = log_softmax(logits, temperature)
+        logp = self.log_softmax(logits, temperature)
         p = logp.exp()
         cdf = (p.double() if p.is_cuda else p).cumsum(-1)     # a GPU sums in parallel: in FP32 that need not be monotone
         token = (cdf <= u[:, None] * cdf[:, -1:]).sum(-1)
@@ -283,11 +289,96 @@ class Numerics:
         """a b with an FP32 result, whatever the dtype of a and b."""
         return torch.mm(a, b, out_dtype=torch.float32) if a.dtype != torch.float32 else torch.mm(a, b)
 
+    def log_softmax(self, logits, temperature):
+        """FP32 log-probabilities of the tempered policy (..., V). Sampler and trainer both call this one: a temperature
+        divides the *logits*; dividing log-probs, or tempering one side only, is a mismatch that no number format can mend."""
+        return self._log_softmax(logits if temperature == 1 else logits / temperature)
 
-def log_softmax(logits, temperature):
-    """FP32 log-probabilities of the tempered policy. Sampler and trainer both call this one: a temperature divides the
-    *logits*; dividing log-probs, or tempering one side only, is a mismatch that no number format can mend."""
-    return torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)
+    # -- where torch may add up in an order that depends on how many rows share the call: ExactNumerics replaces these
+
+    def _product(self, x, w, b=None):
+        """x wᵀ + b, not yet rounded by us; x (..., I), w (O, I), b (O) or None."""
+        return F.linear(x, w, b)
+
+    def _square_sum(self, x):
+        """Sum of squares over the last dimension, kept with length 1; x FP32."""
+        return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+
+    def _silu(self, x):
+        return F.silu(x)
+
+    def _log_softmax(self, x):
+        return torch.log_softmax(x, -1)
+
+
+class ExactNumerics(Numerics):
+    """Numerics whose rollout and training agree bit for bit: the same token behind the same tokens gets the same log-prob,
+    however many rows, positions or micro-batches share the call, cached or not.
+
+    Libraries choose their kernel, and with it an order of summation, by the shape of the whole call; rounding makes the order
+    visible. So a token's value may here depend on its own row, the keys at or before its position, and nothing else:
+
+      products    always of one shape, `slab` rows, the last slab filled up with zeros
+      row sums    (norms, softmax) by a fixed tree of elementwise additions
+      attention   the keys in chunks at absolute positions; a masked key weighs exactly 0, and adding 0 changes nothing
+      elementwise torch's silu is left out: on a CPU its vector and scalar versions differ, and which one a number meets depends
+                  on where it lies. exp, and the arithmetic that IEEE defines, do not have that
+
+    The way back is the ordinary one: a gradient has nothing to agree with. What is left to trust is that one product's rows
+    do not depend on their place in the slab; nothing is claimed unchecked (train_rl's self-test, and every step's
+    exact_share). Source: the causes are those of He et al., "Defeating Nondeterminism in LLM Inference" (2025)."""
+
+    exact = True
+
+    def __init__(self, fmt, device="cpu"):
+        super().__init__(fmt, device)
+        self.operators = "exact"
+        self.slab = 64 if self.device.type == "cpu" else 512
+
+    def attention(self, q, k, v, mask=None):
+        return self._apply(_ExactAttention, q, k, v, mask)
+
+    def logits(self, h, w):
+        return self._slabs(h, self.weight(w), None, torch.float32)
+
+    def _product(self, x, w, b=None):
+        return self._slabs(x.reshape(-1, x.shape[-1]), w, b, self.dtype).view(*x.shape[:-1], len(w))
+
+    def _slabs(self, x, w, b, dtype):
+        """x (N, I) wᵀ + b in pieces of `slab` rows -> (N, O) in dtype."""
+        y = x.new_empty(len(x), len(w), dtype=dtype)
+        for part, out in zip(x.split(self.slab), y.split(self.slab)):
+            part = _filled(part, self.slab)
+            out.copy_((F.linear(part, w, b) if dtype == part.dtype else self._mm32(part, w.t()))[:len(out)])
+        return y
+
+    def _square_sum(self, x):
+        return tree_sum(x * x)
+
+    def _silu(self, x):
+        return x / (1 + torch.exp(-x))
+
+    def _log_softmax(self, x):
+        x = x - x.amax(-1, keepdim=True)                                 # a maximum is the same in any order
+        return x - tree_sum(x.exp()).log_()
+
+
+def _filled(x, rows):
+    """x (..., n, C) with rows of zeros behind, (..., rows, C)."""
+    return x if x.shape[-2] == rows else F.pad(x, (0, 0, 0, rows - x.shape[-2]))
+
+
+def tree_sum(x):
+    """Sum over the last dimension, kept with length 1: the right half is added to the left one until one number is left. Only
+    elementwise additions, so the order depends on the length alone. x is not changed."""
+    n = x.shape[-1]
+    while n > 1:
+        half = n // 2
+        y = x[..., :half] + x[..., half:2 * half]
+        if n % 2:
+            y[..., :1] += x[..., n - 1:n]
+        x, n = y, half
+    return x
 
 
 # Each operator below spells out its backward pass, for two reasons: its rounding is then as visible as the forward one,
@@ -309,7 +400,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, b, num):
         wr = num.weight(w)
-        y = F.linear(x, wr, None if b is None else num.weight(b))
+        y = num._product(x, wr, None if b is None else num.weight(b))
         ctx.save_for_backward(x, wr)
         ctx.num, ctx.where, ctx.bias = num, num.where, b is not None
         return num._out(y)
@@ -353,7 +444,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x, w, eps, num):
         wr = num.weight(w)
         xf = x.float()
-        scale = torch.linalg.vector_norm(xf, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        scale = num._square_sum(xf).div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, wr, scale)
         ctx.num, ctx.where = num, num.where
         return num._out((xf * scale).mul_(wr))
@@ -373,7 +464,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, num):
         gate, value = x.float().chunk(2, -1)
-        silu = F.silu(gate)
+        silu = num._silu(gate)
         ctx.save_for_backward(x, silu)
         ctx.num, ctx.where = num, num.where
         return num._out(silu * value)
@@ -429,10 +520,11 @@ class _Attention(torch.autograd.Function):
     """Plain attention on FP32 tensors. At the short lengths that a CPU trains, twice as fast as the fused kernel there."""
 
     @staticmethod
-    def forward(ctx, q, k, v, mask, num):
+    def probabilities(q, k, v, mask):
+        """-> q, k, v as (B KV, rows, D) and softmax(q kᵀ / sqrt(D)): query heads that share a key head are stacked, then every
+        (row, key head) pair is one product of the batch."""
         B, H, Tq, D = q.shape
         KV, Tk = k.shape[1], k.shape[2]
-        # query heads that share a key head are stacked, then every (row, key head) pair is one product of the batch
         q, k, v = q.reshape(B * KV, H // KV * Tq, D), k.reshape(B * KV, Tk, D), v.reshape(B * KV, Tk, D)
         if mask is None and Tq > 1:
             mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril_()
@@ -445,24 +537,67 @@ class _Attention(torch.autograd.Function):
                 bias.view(rows, 1, 1, Tq, Tk).expand(rows, KV if rows > 1 else 1, H // KV, Tq, Tk).reshape(-1, q.shape[1], Tk)
             )
             scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=D ** -0.5)
-        p = torch.softmax(scores, -1)
-        ctx.save_for_backward(q, k, v, p)
-        ctx.num, ctx.where, ctx.shapes = num, num.where, ((B, H, Tq, D), (B, KV, Tk, D))
-        return num._out(torch.bmm(p, v).view(B, H, Tq, D))
+        return q, k, v, torch.softmax(scores, -1)
 
     @staticmethod
-    def backward(ctx, dy):
-        q, k, v, p = ctx.saved_tensors
-        of_q, of_k = ctx.shapes
+    def gradients(num, where, dy, q, k, v, p, of_q, of_k):
+        """dy and what `probabilities` gave -> dq, dk, dv in the shapes of_q, of_k, rounded."""
         dy = dy.reshape(q.shape)
         dv = torch.bmm(p.transpose(1, 2), dy)
         ds = torch._softmax_backward_data(torch.bmm(dy, v.transpose(1, 2)), p, -1, torch.float32).mul_(of_q[-1] ** -0.5)
         dq, dk = torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), q)
-        return (
-            *(ctx.num._out(d.view(shape), "backward", ctx.where) for d, shape in ((dq, of_q), (dk, of_k), (dv, of_k))),
-            None,
-            None,
-        )
+        return (num._out(d.view(shape), "backward", where) for d, shape in ((dq, of_q), (dk, of_k), (dv, of_k)))
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, num):
+        ctx.num, ctx.where, ctx.shapes, of_q = num, num.where, (q.shape, k.shape), q.shape
+        q, k, v, p = _Attention.probabilities(q, k, v, mask)
+        ctx.save_for_backward(q, k, v, p)
+        return num._out(torch.bmm(p, v).view(of_q))
+
+    @staticmethod
+    def backward(ctx, dy):
+        return *_Attention.gradients(ctx.num, ctx.where, dy, *ctx.saved_tensors, *ctx.shapes), None, None
+
+
+class _ExactAttention(torch.autograd.Function):
+    """Attention in products of one shape: 16 queries (those of the heads that share a key head together) by 32 keys, which
+    lie at absolute positions. The chunks' sums are added one after another, from position 0 on."""
+    queries, keys = 16, 32
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, num):
+        ctx.save_for_backward(q, k, v, mask)
+        ctx.num, ctx.where = num, num.where
+        (B, H, Tq, D), (KV, Tk), C = q.shape, k.shape[1:3], _ExactAttention.keys
+        n = max(1, _ExactAttention.queries * KV // H)                           # positions whose queries make one product
+        if mask is None:
+            mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device)
+            mask = mask.tril_() if Tq > 1 else mask
+        mask = F.pad(mask.view(-1, 1, 1, Tq, Tk), (0, -Tk % C))
+        ks, vs = ([_filled(c.float(), C) for c in t.reshape(B * KV, Tk, D).split(C, 1)] for t in (k, v))
+        q = q.view(B, KV, H // KV, Tq, D).float() * D ** -0.5
+        out = torch.empty_like(q)
+        for t in range(0, Tq, n):
+            here = slice(t, min(t + n, Tq))
+
+            def product(x, y):                                                  # x (B, KV, H / KV, up to n, .), y (B KV, ., .)
+                full = torch.bmm(_filled(x, n).reshape(len(y), -1, x.shape[-1]), y)
+                return full.view(*x.shape[:3], n, -1)[:, :, :, :x.shape[3]]
+            scores = torch.cat([product(q[:, :, :, here], kc.transpose(1, 2)) for kc in ks], -1)
+            scores.masked_fill_(~mask[:, :, :, here], -math.inf)
+            p = (scores - scores.amax(-1, keepdim=True)).exp_()
+            total, y = 0, 0
+            for pc, vc in zip(p.split(C, -1), vs):
+                total, y = total + tree_sum(pc), y + product(pc, vc)
+            out[:, :, :, here] = y / total
+        return num._out(out.view(B, H, Tq, D))
+
+    @staticmethod
+    def backward(ctx, dy):
+        q, k, v, mask = ctx.saved_tensors
+        again = _Attention.probabilities(q.float(), k.float(), v.float(), mask)
+        return *_Attention.gradients(ctx.num, ctx.where, dy.float(), *again, q.shape, k.shape), None, None
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -475,7 +610,7 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.kept = None
         for s in range(0, len(targets), chunk):
             s = slice(s, s + chunk)
-            lp = log_softmax(num.logits(h[s] if rows is None else h[rows[s]], w), temperature)
+            lp = num.log_softmax(num.logits(h[s] if rows is None else h[rows[s]], w), temperature)
             logp[s] = lp.gather(1, targets[s, None])[:, 0]
             p = lp.exp()
             entropy[s] = -(p * lp).sum(-1)
@@ -493,7 +628,7 @@ class _TokenLogprobs(torch.autograd.Function):
         for s in range(0, len(targets), ctx.chunk):
             s = slice(s, s + ctx.chunk)
             hs = h[s] if rows is None else h[rows[s]]
-            d = ctx.kept if ctx.kept is not None else log_softmax(num.logits(hs, ctx.w), ctx.temperature).exp_()
+            d = ctx.kept if ctx.kept is not None else num.log_softmax(num.logits(hs, ctx.w), ctx.temperature).exp_()
             ctx.kept = None
             # d logp / d logits = onehot - softmax
             d[torch.arange(len(d), device=d.device), targets[s]] -= 1
@@ -564,7 +699,8 @@ def banner(rollout, train, scaler):
     )
     how = "FP32 GEMM, result rounded (a CPU's own half GEMM is slow, a GPU has none of this format)" if train.emulated else \
         "FP32" if train.dtype == torch.float32 else "FP32 on tensor cores, 16-bit reductions off"
-    same = "same roundings on both sides" if rollout.fmt == train.fmt else "DIFFERENT roundings on the two sides"
+    same = "DIFFERENT roundings on the two sides" if rollout.fmt != train.fmt else \
+        "exact, the same bits on both sides" if train.exact else "same roundings on both sides"
     scale = f"loss scale {scaler.get_scale():.0f} ({train.fmt.exp} exponent bits)" if scaler.is_enabled() else \
         f"no loss scale ({train.fmt.exp} exponent bits reach as far as FP32)"
     return f"{where} | rollout {rollout.fmt.name}, train {train.fmt.name}: {same} | accumulate {how} | {scale}"
@@ -593,5 +729,11 @@ def mismatch(logp_rollout, logp_train, lengths):
 
 
 if __name__ == "__main__":
-    from experiments.anatomy import main
+    import sys
+    if sys.argv[1:] == ["--explain"]:
+        from experiments.explain import main
+    elif sys.argv[1:]:
+        sys.exit("precision.py: python precision.py, or python precision.py --explain")
+    else:
+        from experiments.anatomy import main
     main()

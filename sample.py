@@ -23,7 +23,7 @@ import torch
 from data import TASKS, draw_problems, make_task, stream
 from fast import numerics
 from model import GPT, GPTConfig, KVCache, load_checkpoint, load_model
-from precision import InputError, log_softmax, nearest, pick_device
+from precision import InputError, nearest, pick_device
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer: every byte is a token. Built here, nothing is downloaded. Stop and pad are two tokens: where one id serves as
@@ -127,7 +127,7 @@ class Sampler:
             """hidden (R, C) -> a token drawn from the policy, and its log-prob under this very distribution."""
             logits = model.logits(hidden)                                                    # (R, V)
             if temperature == 0:
-                return log_softmax(logits, 1.0).max(-1)[::-1]
+                return model.num.log_softmax(logits, 1.0).max(-1)[::-1]
             return model.num.draw(logits, u, temperature)
 
         cache = KVCache(model.cfg, *padded.shape, model.num)

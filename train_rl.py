@@ -3,6 +3,7 @@
     python train_rl.py                                    # the main job, on whatever device is here
     python train_rl.py --precision bf16                   # the same job with 7 mantissa bits
     python train_rl.py --rollout-precision fp16 --train-precision fp32       # two roundings: watch the gap
+    python train_rl.py --exact                            # no mismatch at all: the same bits on both sides
     python train_rl.py --resume out/run1                  # go on, bit for bit, where a run stopped
     python train_rl.py --bench                            # how fast, against what this machine can do
 
@@ -100,6 +101,7 @@ class Config:
     precision: str = opt("fp16", "number format of rollout and training: fp32, tf32, bf16, fp16 or eXmY")
     rollout_precision: str = opt("", "... of the rollout alone")
     train_precision: str = opt("", "... of the training alone")
+    exact: bool = opt(False, "rollout and training give every token the same log-prob, bit for bit; somewhat slower")
     init_scale: float = opt(2.0 ** 16, "first loss scale, for formats that need one", 1.0, 2.0 ** 40)
     # size of the pieces
     micro_batch: int = opt(128, "answers per forward and backward pass", 1, 10 ** 5)
@@ -128,13 +130,13 @@ GPU = dict(digits=20, noise=0.025, n_layers=8, width=512, n_heads=8, n_kv_heads=
            lr=1e-4, micro_batch=512, rollout_rows=4096)
 
 # A verdict is given for the test as it stands. These settings may differ: they say how and where it runs, not what it asks.
-FREE = set("""preset device seed base_seed out resume precision rollout_precision train_precision init_scale algo micro_batch
-              rollout_rows fast save_every sample_every plot plan bench""".split())
+FREE = set("""preset device seed base_seed out resume precision rollout_precision train_precision exact init_scale algo
+              micro_batch rollout_rows fast save_every sample_every plot plan bench""".split())
 
 
 # What a resumed run may be told anew. A model's shape is compared with the checkpoint's and refused there, with both numbers.
-CAN_CHANGE_ON_RESUME = set("""resume device steps precision rollout_precision train_precision algo lr lr_warmup lr_schedule
-    clip_low clip_high grad_clip micro_batch rollout_rows fast eval_tries save_every sample_every plot plan bench
+CAN_CHANGE_ON_RESUME = set("""resume device steps precision rollout_precision train_precision exact algo lr lr_warmup
+    lr_schedule clip_low clip_high grad_clip micro_batch rollout_rows fast eval_tries save_every sample_every plot plan bench
     n_layers width n_heads n_kv_heads mlp_width""".split())
 
 
@@ -163,6 +165,8 @@ def check(cfg):
     """Complain, in one line, about settings that cannot work together."""
     for name in (cfg.rollout_format, cfg.train_format, cfg.base_precision):
         parse_format(name)
+    if cfg.exact and parse_format(cfg.rollout_format) != parse_format(cfg.train_format):
+        raise InputError(f"--exact needs one format on both sides, not {cfg.rollout_format} and {cfg.train_format}")
     if cfg.keep_from > cfg.keep_to:
         raise InputError(f"--keep-from {cfg.keep_from} is above --keep-to {cfg.keep_to}: no problem can be kept")
     if cfg.width % cfg.n_heads or cfg.width // cfg.n_heads % 2:
@@ -449,6 +453,28 @@ def rehearse(cfg, device, task, rollout_num, train_num):
             num.release()
 
 
+def self_test(model, sampler, task, problems, cfg, scaler, num):
+    """Exact mode claims nothing unchecked: one step's very shapes, the rollout's log-probs against those of training, forward
+    with a gradient and without one."""
+    rollout, _, _ = collect(sampler, task, batch_of(problems, 0, cfg), cfg, (cfg.seed, 12))
+    half = (torch.arange(len(rollout.length), device=num.device) % 2).float()
+    _, logp_train, _ = accumulate_gradient(model.use(num), rollout, half, cfg, scaler, task.answer_length)
+    model.zero_grad(set_to_none=True)
+    differ = (logp_train != rollout.logp)[rollout.is_answer]
+    if differ.any():
+        raise not_exact(model, rollout, differ)
+    return len(differ)
+
+
+def not_exact(model, rollout, differ):
+    from experiments.explain import first_difference
+    rows = torch.argsort(rollout.length)[-3:]                           # whose prompts are of one length, as in the tasks here
+    start = int(rollout.prompt_length[rows].max())
+    where = first_difference(model, rollout.tokens[rows, :int(rollout.length[rows].max())], start)
+    return InputError(f"exact mode is not exact on this machine: {int(differ.sum())} of {len(differ)} tokens got other bits in "
+                      f"training than in the rollout. First difference: {where}. Run without --exact, or with --no-fast")
+
+
 def batch_of(problems, step, cfg):
     """The P problems of this step: epochs over the set, each in an order of its own that follows from the seed."""
     out = []
@@ -488,7 +514,8 @@ def diagnose(history):
 
 def step_line(m, cfg, eta):
     return (f"step {m['step']:4}/{cfg.steps} | acc {m['accuracy']:.3f} len {m['length']:5.1f} ent {m['entropy']:.3f} "
-            f"flat {m['frac_zero_std']:4.0%} | gap {m['logp_gap_mean']:.1e} max {m['logp_gap_max']:.1e} kl {m['kl_k3']:.1e} | "
+            f"flat {m['frac_zero_std']:4.0%} | gap {m['logp_gap_mean']:.1e} max {m['logp_gap_max']:.1e} kl {m['kl_k3']:.1e} "
+            f"exact {math.floor(1000 * m['exact_share']) / 1000:.3f} | "
             f"loss {m['loss']:+.4f} |g| {m['grad_norm']:8.2e} scale {m['loss_scale']:.0f} lr {m['lr']:.1e} | "
             f"{m['t_rollout']:.2f}+{m['t_train']:.2f} s {m['tokens_per_s']:6.0f} tok/s | eta {clock(eta)}")
 
@@ -501,7 +528,7 @@ def train(cfg, given, run):
     device = pick_device(cfg.device)
     task = make_task(cfg.task, cfg.digits, cfg.noise)
     resumed = load_checkpoint(cfg.resume, device) if cfg.resume else None
-    rollout_num, train_num = (numerics(f, device, cfg.fast) for f in (cfg.rollout_format, cfg.train_format))
+    rollout_num, train_num = (numerics(f, device, cfg.fast, cfg.exact) for f in (cfg.rollout_format, cfg.train_format))
     if rollout_num.fmt == train_num.fmt:
         rollout_num = train_num                                         # literally the same rounded weights
     scaler = make_scaler(train_num, cfg.init_scale)
@@ -571,6 +598,9 @@ def train(cfg, given, run):
 
     if not resumed:
         save(0)
+    if cfg.exact:
+        tested = self_test(model, sampler, task, problems, cfg, scaler, train_num)
+        say(f"self-test of exact mode: {tested} tokens of a step of this job, the same bits in rollout and training")
     stop = []  # a first Ctrl-C ends the step, a second one ends at once
 
     def on_interrupt(*_):
@@ -600,6 +630,8 @@ def train(cfg, given, run):
             model.use(train_num if torch.isfinite(mu).all() else rollout_num)
             raise broken(run, "log-probs are no longer finite", first_bad_layer(*again))
         gaps = mismatch(mu, pi, lengths)  # before the update: this is the mismatch and nothing else
+        if cfg.exact and gaps["exact_share"] < 1:
+            raise not_exact(model, rollout, mu != pi)
         lr = learning_rate(cfg, updates)
         norm, skip = apply_gradient(model, optimizer, scaler, cfg, lr)
         updates, skipped = updates + (not skip), skipped + skip

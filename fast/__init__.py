@@ -11,7 +11,7 @@ import os
 import torch
 
 from data import CACHE
-from precision import Numerics
+from precision import ExactNumerics, Numerics
 
 
 @functools.cache
@@ -26,9 +26,10 @@ def library():
     return lib, why
 
 
-def numerics(fmt, device="cpu", fast=True):
-    """Numerics of this format on this device, with compiled operators where there are some."""
+def numerics(fmt, device="cpu", fast=True, exact=False):
+    """Numerics of this format on this device, with compiled operators where there are some. exact: rollout and training agree
+    bit for bit."""
     if fast and torch.device(device).type == "cpu" and library()[0]:
         from fast.cpu import CPUNumerics
-        return CPUNumerics(fmt, library()[0])
-    return Numerics(fmt, device)
+        return CPUNumerics(fmt, library()[0], exact)
+    return (ExactNumerics if exact else Numerics)(fmt, device)

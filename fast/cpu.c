@@ -306,27 +306,32 @@ void token_logprobs_back(float *p, const int64_t *targets, float temperature, co
     FOR_KINDS((*f), token_logprobs_back_(p, targets, temperature, dlogp, N, V, *f, kind))
 }
 
-/* logits (N, V), overwritten; u (N) in [0, 1) -> a token drawn from softmax(logits / temperature), and its log-prob.
-   The first token at which the cumulative sum passes u times the total: it has a probability above 0. */
+/* logits (N, V), overwritten; u (N) in [0, 1) -> a token drawn from softmax(logits / temperature), and its log-prob, computed as
+   token_logprobs does. The first token at which the cumulative sum passes u times the total: it has a probability above 0. */
 void draw(float *logits, const float *u, float temperature, int64_t *token, float *logp, long N, long V) {
-    PARALLEL(N * V) for (long r = 0; r < N; r++) {
-        float *row = logits + r * V, before = 0, total = 0;
-        tempered(row, V, temperature);
-        softmax_sums s = exponentials(row, V, 0);
-        EACH(V, total += sum(load(row + i, m, 0)))
-        float goal = u[r] * total;
-        long found = 0, left = 0;
-        for (; left < V; left += VL) {                                  /* a vector at a time, then within it */
-            float next = before + sum(load(row + left, least(VL, V - left), 0));
-            if (next > goal) break;
-            before = next;
+    _Pragma("omp parallel if (N * V > 20000)") {
+        float *e = malloc(4 * V);                                       /* e^x, while the logits stay */
+        _Pragma("omp for schedule(static)") for (long r = 0; r < N; r++) {
+            float *row = logits + r * V, before = 0, total = 0;
+            tempered(row, V, temperature);
+            memcpy(e, row, 4 * V);
+            softmax_sums s = exponentials(e, V, 0);
+            EACH(V, total += sum(load(e + i, m, 0)))
+            float goal = u[r] * total;
+            long found = 0, left = 0;
+            for (; left < V; left += VL) {                              /* a vector at a time, then within it */
+                float next = before + sum(load(e + left, least(VL, V - left), 0));
+                if (next > goal) break;
+                before = next;
+            }
+            for (long j = left; j < V && j < left + VL; j++) {
+                if (e[j] > 0) found = j;                                /* the last one, should rounding pass over all */
+                if ((before += e[j]) > goal) break;
+            }
+            token[r] = found;
+            logp[r] = (row[found] - s.top) - logf(s.total);
         }
-        for (long j = left; j < V && j < left + VL; j++) {
-            if (row[j] > 0) found = j;                                  /* the last one, should rounding pass over all */
-            if ((before += row[j]) > goal) break;
-        }
-        token[r] = found;
-        logp[r] = logf(row[found]) - logf(s.total);
+        free(e);
     }
 }
 
@@ -574,7 +579,7 @@ void decode(const float *q, const float *k, const float *v, const uint8_t *mask,
 
 typedef struct {                    /* rounded weights, matrices as pack left them, those of the way back too */
     const float *norm1, *qkv, *qkv_bias, *proj, *norm2, *gate_up, *down, *qkv_back, *proj_back, *gate_up_back, *down_back;
-    int64_t C, H, KV, D, F;
+    int64_t C, H, KV, D, F, exact;
     float eps;
 } layer;
 typedef struct { float *scale1, *q, *sums, *att, *x2, *scale2, *gate_up; } kept;    /* a token a row; q, sums: (B, H, T, .) */
@@ -610,7 +615,7 @@ void block(const layer *w, const float *x, float *y, const kept *keep, float *k,
             linear(h, w->qkv, w->qkv_bias, qkv, tokens, Q, C, 1, f);
             rope(qkv, q, k + b * s.k[0], v + b * s.v[0], slots ? slots + b : 0, strides, rows, T, H, KV, D, cos + b * table,
                  sin + b * table, table, 0, f);
-            if (T == 1 && !keep) decode(q, kb, vb, seen, att, &s, f);
+            if (T == 1 && !keep && !w->exact) decode(q, kb, vb, seen, att, &s, f);
             else attention(q, kb, vb, seen, att, sums, &s, f);
             linear(att, w->proj, 0, out, tokens, C, A, 1, f);
             add(x + b * T * C, out, x2, tokens * C, f);

@@ -120,7 +120,7 @@ def _near(t):
 class _Layer(ctypes.Structure):
     _fields_ = [(n, ctypes.c_void_p) for n in (
         "norm1", "qkv", "qkv_bias", "proj", "norm2", "gate_up", "down", "qkv_back", "proj_back", "gate_up_back", "down_back")] + [
-        (n, ctypes.c_int64) for n in ("C", "H", "KV", "D", "F")] + [("eps", ctypes.c_float)]
+        (n, ctypes.c_int64) for n in ("C", "H", "KV", "D", "F", "exact")] + [("eps", ctypes.c_float)]
 
 
 class _Kept(ctypes.Structure):
@@ -144,11 +144,15 @@ def _block_is_known():
 
 class CPUNumerics(Numerics):
     """Numerics on a CPU by the functions of cpu.c. Weights are kept a second time, packed in the order in which products read
-    them; `refresh` packs them anew, in place."""
+    them; `refresh` packs them anew, in place.
 
-    def __init__(self, fmt, library):
+    exact: as precision.ExactNumerics. Every function of cpu.c adds up in an order that does not depend on the number of rows or
+    of positions, but for `decode`, attention of one query, whose order is another than that of `attention`. So it is left out."""
+
+    def __init__(self, fmt, library, exact=False):
         super().__init__(fmt, "cpu")
-        self.operators = "compiled"
+        self.exact = exact
+        self.operators = "compiled exact" if exact else "compiled"
         self.lib, self.c_format, self.lanes = library, _c_format(self.fmt), library.panel_width()
         self._packed = {}                                               # (master, for the way back?) -> panels
         self._layers = {}                                               # model.Block -> its _Layer
@@ -213,7 +217,7 @@ class CPUNumerics(Numerics):
 
     def attention(self, q, k, v, mask=None):
         if not self.takes(q.shape[-1]):                                 # odd head widths: torch's operators
-            return super()._apply(precision._Attention, q, k, v, mask)
+            return super()._apply(precision._ExactAttention if self.exact else precision._Attention, q, k, v, mask)
         return super().attention(q, k, v, mask)
 
     def takes(self, head_dim):
@@ -239,7 +243,7 @@ class CPUNumerics(Numerics):
                 self.weight(block.norm1).data_ptr(), self.panels(block.qkv).data_ptr(), _or_null(bias),
                 self.panels(block.proj).data_ptr(), self.weight(block.norm2).data_ptr(), self.panels(block.gate_up).data_ptr(),
                 self.panels(block.down).data_ptr(), *back, c.width, c.n_heads, c.n_kv_heads, c.head_dim, c.mlp_width,
-                c.norm_eps))
+                self.exact, c.norm_eps))
         return self._layers[block, backward]
 
     def _apply(self, op, *args):
@@ -371,7 +375,7 @@ class _Attention(torch.autograd.Function):
         out = q.new_empty(B, Tq, H, D).transpose(1, 2)                  # the layout that the next product wants
         shape = _Attention.shape(q, k, v, mask, o=out)
         at = (q.data_ptr(), k.data_ptr(), v.data_ptr(), _or_null(mask), out.data_ptr())
-        if Tq == 1 and ctx is NO_GRADIENT:
+        if Tq == 1 and ctx is NO_GRADIENT and not num.exact:
             num.lib.decode(*at, shape, num.c_format)
         else:
             sums = q.new_empty(B, H, Tq, 2)
