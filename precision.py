@@ -345,11 +345,13 @@ class ExactNumerics(Numerics):
         return self._slabs(x.reshape(-1, x.shape[-1]), w, b, self.dtype).view(*x.shape[:-1], len(w))
 
     def _slabs(self, x, w, b, dtype):
-        """x (N, I) wᵀ + b in pieces of `slab` rows -> (N, O) in dtype."""
-        y = x.new_empty(len(x), len(w), dtype=dtype)
-        for part, out in zip(x.split(self.slab), y.split(self.slab)):
-            part = _filled(part, self.slab)
-            out.copy_((F.linear(part, w, b) if dtype == part.dtype else self._mm32(part, w.t()))[:len(out)])
+        """x (N, I) wᵀ + b in pieces of `slab` rows, of fewer if w is a large vocabulary -> (N, O) in dtype."""
+        y, rows = x.new_empty(len(x), len(w), dtype=dtype), min(self.slab, max(16, (1 << 23) // len(w)))
+        w = _filled(w, max(len(w), 16), -(-w.shape[1] // 16) * 16)       # narrow products go by the address of each row
+        b = b if b is None or len(b) == len(w) else F.pad(b, (0, len(w) - len(b)))
+        for part, out in zip(x.split(rows), y.split(rows)):
+            part = _filled(part, rows, w.shape[1])
+            out.copy_((F.linear(part, w, b) if dtype == part.dtype else self._mm32(part, w.t()))[:len(out), :out.shape[1]])
         return y
 
     def _square_sum(self, x):
@@ -363,9 +365,10 @@ class ExactNumerics(Numerics):
         return x - tree_sum(x.exp()).log_()
 
 
-def _filled(x, rows):
-    """x (..., n, C) with rows of zeros behind, (..., rows, C)."""
-    return x if x.shape[-2] == rows else F.pad(x, (0, 0, 0, rows - x.shape[-2]))
+def _filled(x, rows, width):
+    """x (..., n, C) with zeros behind, (..., rows, width)."""
+    n, C = x.shape[-2:]
+    return x if (n, C) == (rows, width) else F.pad(x, (0, width - C, 0, rows - n))
 
 
 def tree_sum(x):
@@ -575,14 +578,15 @@ class _ExactAttention(torch.autograd.Function):
             mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device)
             mask = mask.tril_() if Tq > 1 else mask
         mask = F.pad(mask.view(-1, 1, 1, Tq, Tk), (0, -Tk % C))
-        ks, vs = ([_filled(c.float(), C) for c in t.reshape(B * KV, Tk, D).split(C, 1)] for t in (k, v))
-        q = q.view(B, KV, H // KV, Tq, D).float() * D ** -0.5
+        wide = -(-D // 16) * 16                                                 # as in _slabs
+        ks, vs = ([_filled(c.float(), C, wide) for c in t.reshape(B * KV, Tk, D).split(C, 1)] for t in (k, v))
+        q = _filled(q.float() * D ** -0.5, Tq, wide).view(B, KV, H // KV, Tq, wide)
         out = torch.empty_like(q)
         for t in range(0, Tq, n):
             here = slice(t, min(t + n, Tq))
 
             def product(x, y):                                                  # x (B, KV, H / KV, up to n, .), y (B KV, ., .)
-                full = torch.bmm(_filled(x, n).reshape(len(y), -1, x.shape[-1]), y)
+                full = torch.bmm(_filled(x, n, x.shape[-1]).reshape(len(y), -1, x.shape[-1]), y)
                 return full.view(*x.shape[:3], n, -1)[:, :, :, :x.shape[3]]
             scores = torch.cat([product(q[:, :, :, here], kc.transpose(1, 2)) for kc in ks], -1)
             scores.masked_fill_(~mask[:, :, :, here], -math.inf)
@@ -591,7 +595,7 @@ class _ExactAttention(torch.autograd.Function):
             for pc, vc in zip(p.split(C, -1), vs):
                 total, y = total + tree_sum(pc), y + product(pc, vc)
             out[:, :, :, here] = y / total
-        return num._out(out.view(B, H, Tq, D))
+        return num._out(out.view(B, H, Tq, wide)[..., :D].contiguous())
 
     @staticmethod
     def backward(ctx, dy):

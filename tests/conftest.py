@@ -7,21 +7,22 @@ from precision import pick_device
 
 torch.set_num_threads(2)
 COMPILED = fast.library()[0] is not None
-DEVICES = ["cpu"] + ["compiled"] * COMPILED + ["cuda"] * torch.cuda.is_available()
-_compiled = [False]
+DEVICES = ["cpu", "exact"] + ["compiled"] * COMPILED + ["cuda"] * torch.cuda.is_available()
+_kind = ["cpu"]
 
 
 @pytest.fixture(params=DEVICES)
 def device(request):
-    """Every test that takes it runs on the CPU with torch's operators, with the compiled ones, and on a GPU if there is one."""
-    _compiled[0] = request.param == "compiled"
+    """Every test that takes it runs on the CPU with torch's operators, with the exact ones, with the compiled ones, and on a GPU
+    if there is one."""
+    _kind[0] = request.param
     yield pick_device("cuda" if request.param == "cuda" else "cpu")
-    _compiled[0] = False
+    _kind[0] = "cpu"
 
 
 def numerics(fmt, device="cpu"):
-    """Numerics with the operators that the test is about: compiled ones where the `device` fixture says so."""
-    return fast.numerics(fmt, device, fast=_compiled[0])
+    """Numerics with the operators that the test is about: what the `device` fixture says."""
+    return fast.numerics(fmt, device, fast=_kind[0] == "compiled", exact=_kind[0] == "exact")
 
 
 def tiny(device="cpu", fmt="fp32", gain=1.0, seed=0, **kw):

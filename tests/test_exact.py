@@ -1,0 +1,276 @@
+"""Exact mode: the log-prob of every token as sampled and as trained on, equal bit for bit."""
+import json
+import os
+
+import pytest
+import torch
+from conftest import COMPILED, VARIANTS, tiny
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import gpt_logits
+from test_sample import PROMPTS, stopping_model
+
+import fast
+import train_rl
+from experiments import explain
+from fast.graph import GraphStep
+from model import KVCache
+from precision import ExactNumerics, InputError, make_scaler, mismatch, tree_sum
+from sample import Sampler
+from train_rl import Config, accumulate_gradient, advantages, parse_config
+
+CASES = int(os.environ.get("TENBIT_CASES", 300))              # results/exact-cases.txt is a run of 10,000
+PAD, STOP = 66, 65
+KINDS = ["exact"] + ["compiled exact"] * COMPILED + ["exact cuda"] * torch.cuda.is_available()
+FORMATS = ["fp32", "bf16", "fp16", "tf32", "e5m7", "e8m4", "e4m3"]
+
+
+def numerics(fmt, kind, exact=True):
+    return fast.numerics(fmt, "cuda" if "cuda" in kind else "cpu", fast="compiled" in kind, exact=exact)
+
+
+def exact_model(fmt, kind, exact=True, **kw):
+    model = tiny("cuda" if "cuda" in kind else "cpu", **{**dict(gain=2.0), **kw})
+    return model.use(numerics(fmt, kind, exact).hold(model.parameters()))
+
+
+@st.composite
+def shapes(draw):
+    """A model's shape, as GPTConfig's arguments: grouped heads, odd widths, biases, QK-norm."""
+    kv = draw(st.sampled_from([1, 2, 3]))
+    heads = kv * draw(st.sampled_from([1, 2, 3]))
+    head = draw(st.sampled_from([4, 6, 16, 32]))
+    return dict(n_layers=draw(st.integers(1, 3)), width=draw(st.integers(3, 40)) * 2, n_heads=heads, n_kv_heads=kv, head_dim=head,
+                mlp_width=draw(st.integers(1, 90)), context=80, qkv_bias=draw(st.booleans()), qk_norm=draw(st.booleans()),
+                tied_head=draw(st.booleans()), seed=draw(st.integers(0, 10 ** 6)), gain=draw(st.sampled_from([0.5, 1.0, 2.0])))
+
+
+def same_bits(a, b):
+    return torch.equal(a, b) or (a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all()))
+
+
+# --- the claim
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(shape=shapes(), fmt=st.sampled_from(FORMATS), data=st.data())
+@settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck))
+def test_a_tokens_value_does_not_depend_on_the_company_it_is_in(kind, shape, fmt, data):
+    """Any model, ragged prompts, any number of rows, of which some stop early; then training in micro-batches of any size and
+    order, on another number of threads: the same log-probs, with a gradient and without."""
+    prompts = data.draw(st.lists(st.lists(st.integers(0, 64), min_size=1, max_size=40), min_size=1, max_size=5))
+    n, new = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 30))
+    temperature, micro = data.draw(st.sampled_from([0.7, 1.0, 1.9])), data.draw(st.integers(1, 20))
+    acting, learning = (data.draw(st.integers(1, 2)) for _ in range(2))
+    model = exact_model(fmt, kind, **shape)
+    try:
+        torch.set_num_threads(acting)
+        rollout = Sampler(model, stop=STOP, pad=PAD, fast=False).generate(prompts, n, new, temperature, seed=shape["seed"])
+        torch.set_num_threads(learning)
+        order = torch.tensor(data.draw(st.permutations(range(len(rollout.length)))))
+        for rows in order.split(micro):
+            end = int(rollout.length[rows].max()) + data.draw(st.integers(0, 2))
+            tokens, where = rollout.tokens[rows, :end], rollout.is_answer[rows, :end]
+            with torch.set_grad_enabled(data.draw(st.booleans())):
+                logp, _ = model.token_logprobs(tokens, where, temperature)
+            assert same_bits(logp.detach(), rollout.logp[rows, :end][where])
+    finally:
+        torch.set_num_threads(2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(shape=shapes(), fmt=st.sampled_from(FORMATS), data=st.data())
+@settings(max_examples=max(50, CASES // 3), deadline=None, suppress_health_check=list(HealthCheck))
+def test_prefill_in_pieces(kind, shape, fmt, data):
+    """Hidden states of a sequence that enters the cache in pieces of any length are those of the whole sequence."""
+    model = exact_model(fmt, kind, **shape)
+    B, T = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 70))
+    tokens = torch.randint(0, 64, (B, T), generator=torch.Generator().manual_seed(shape["seed"])).to(model.embedding.device)
+    cuts = sorted({0, T, *data.draw(st.lists(st.integers(0, T), max_size=4))})
+    with torch.no_grad():
+        cache = KVCache(model.cfg, B, T, model.num)
+        pieces = [model(tokens[:, a:b], cache) for a, b in zip(cuts, cuts[1:])]
+        assert same_bits(torch.cat(pieces, 1), model(tokens))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fmt", ["fp32", "fp16"])
+def test_the_same_check_finds_the_ordinary_mode_out(fmt, kind):
+    """What the tests above would say if nothing were exact."""
+    model = exact_model(fmt, kind, exact=False, width=64, n_heads=2, n_layers=3)
+    rollout = Sampler(model, stop=STOP, pad=PAD).generate(PROMPTS, 4, 30, seed=1)
+    logp, _ = model.token_logprobs(rollout.tokens, rollout.is_answer)
+    assert not same_bits(logp.detach(), rollout.logp[rollout.is_answer])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_graph_steps_too(kind, variant, monkeypatch):
+    """The static buffers of a decoding graph, whose cache is read further than it is filled (without a graph on a CPU)."""
+    _, stop = stopping_model(**VARIANTS[variant])
+    model = exact_model("fp16", kind, **VARIANTS[variant])
+    sampler = Sampler(model, stop=stop, pad=PAD)
+    monkeypatch.setattr("fast.graph.BUCKET", 8)
+    if "cuda" not in kind:
+        sampler.graphs = {}
+        monkeypatch.setattr(GraphStep, "capture", False)
+    for seed in (1, 2):
+        rollout = sampler.generate(PROMPTS, 16, 20, seed=seed)
+        logp, _ = model.token_logprobs(rollout.tokens, rollout.is_answer)
+        assert len(sampler.graphs) == 1 and same_bits(logp.detach(), rollout.logp[rollout.is_answer])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointed_activations(kind):
+    """Activations made again on the way back (torch.utils.checkpoint) give the same log-probs and the same gradient."""
+    from torch.utils.checkpoint import checkpoint
+    results = []
+    for again in (False, True):
+        model = exact_model("fp16", kind)
+        if again:
+            for block in model.blocks:
+                block.forward = lambda *a, f=block.forward: checkpoint(f, *a, use_reentrant=False)
+        rollout = Sampler(model, stop=STOP, pad=PAD, fast=False).generate(PROMPTS, 4, 20, seed=1)
+        logp, _ = model.token_logprobs(rollout.tokens, rollout.is_answer)
+        assert same_bits(logp.detach(), rollout.logp[rollout.is_answer])
+        logp.sum().backward()
+        results.append([logp.detach(), *(p.grad for p in model.parameters())])
+    assert all(same_bits(a, b) for a, b in zip(*results))
+
+
+def test_ratio_is_one_and_kl_is_zero():
+    model = exact_model("bf16", KINDS[-1])
+    rollout = Sampler(model, stop=STOP, pad=PAD).generate(PROMPTS, 4, 20, seed=1)
+    where = rollout.is_answer
+    logp = model.token_logprobs(rollout.tokens, where)[0].detach()
+    m = mismatch(rollout.logp[where], logp, rollout.length - rollout.prompt_length)
+    assert m.pop("exact_share") == 1.0 and set(m.values()) == {0.0}
+    assert torch.equal((logp - rollout.logp[where]).exp(), torch.ones_like(logp))
+
+
+# --- sums and gradients
+
+
+def test_tree_sum_by_hand():
+    x = torch.tensor([[1.0, 2, 4, 8, 16, 32, 64], [1e8, 1, -1e8, 1, 0, 0, 0]])
+    before = x.clone()
+    # 7 numbers become ((x0 + x3) + x6, x1 + x4, x2 + x5), and these (first + second) + third. From left to right, row 2 gives 1.
+    assert tree_sum(x).tolist() == [[127.0], [0.0]]
+    assert torch.equal(x, before) and tree_sum(torch.tensor([[5.0]])).item() == 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fmt", ["fp32", "bf16", "fp16"])
+def test_gradient_is_the_ordinary_ones_within_rounding(kind, fmt):
+    """Against FP64 autograd through an independent model with the same rounded weights: no further off than ordinary mode."""
+    off = {}
+    for exact in (False, True):
+        model = exact_model(fmt, kind, exact, gain=1.5)
+        tokens = torch.randint(0, 64, (6, 40), generator=torch.Generator().manual_seed(1)).to(model.embedding.device)
+        where = torch.ones_like(tokens, dtype=torch.bool)
+        where[:, 0] = False
+        (model.token_logprobs(tokens, where, 1.3)[0].sum() * 64).backward()
+        double = {p: model.num.weight(p).double().cpu().requires_grad_() for p in model.parameters()}
+        logits = gpt_logits(model, tokens.cpu(), lambda p, d=double: d[p])[:, :-1] / 1.3
+        (logits.log_softmax(-1).gather(2, tokens.cpu()[:, 1:, None]).sum() * 64).backward()
+        errors = [(p.grad.double().cpu() - double[p].grad).norm() / double[p].grad.norm() for p in model.parameters()]
+        off[exact] = max(map(float, errors))
+    assert off[True] < max(1.5 * off[False], 2e-5) and off[True] < dict(fp32=2e-5, bf16=0.2, fp16=0.03)[fmt], off
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_is_the_same_every_time(kind):
+    """Rollout, log-probs and gradients of one step, done twice."""
+    results = []
+    for _ in range(2):
+        model = exact_model("fp16", kind)
+        rollout = Sampler(model, stop=STOP, pad=PAD).generate(PROMPTS, 8, 20, seed=3)
+        reward = (rollout.length % 2).float().view(len(PROMPTS), 8)
+        a = advantages(reward, "dr-grpo").flatten()
+        loss, logp, _ = accumulate_gradient(model, rollout, a, Config(micro_batch=5), make_scaler(model.num), 20)
+        results.append([rollout.tokens, rollout.logp, logp, torch.tensor(loss), *(p.grad for p in model.parameters())])
+        assert torch.equal(logp, rollout.logp) and any((p.grad != 0).any() for p in model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+# --- the command
+
+SMALL = ("--digits 1 --noise 0.3 --n-layers 1 --width 32 --n-heads 2 --mlp-width 64 --base-steps 60 --base-lr 4e-3 --pool 40 "
+         "--heldout 0 --steps 3 --prompts 8 --keep-from 0 --keep-to 1 --no-plot --device cpu --exact").split()
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Runs the command here, with a cache of its own; returns the exit status and the metrics."""
+    monkeypatch.setattr("data.base.CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+
+    def go(*flags):
+        status = train_rl.main([*SMALL, "--out", "run", *flags])
+        return status, [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    return go
+
+
+@pytest.mark.parametrize("flags", [(), ("--precision", "bf16"), ("--precision", "fp32", "--no-fast"), ("--micro-batch", "7")])
+def test_a_run_is_exact_on_every_step(small, capsys, flags):
+    status, rows = small(*flags)
+    steps = [r for r in rows if "step" in r]
+    assert status == 0 and len(steps) == 3
+    assert all(m["exact_share"] == 1.0 and m["logp_gap_max"] == 0.0 and m["kl_k3"] == 0.0 for m in steps)
+    said = capsys.readouterr().out
+    assert "self-test of exact mode" in said and said.count("exact 1.000") == 3 and "the same bits on both sides" in said
+
+
+def test_two_formats_are_refused():
+    with pytest.raises(InputError, match="one format on both sides, not bf16 and fp32"):
+        parse_config(["--exact", "--rollout-precision", "bf16", "--train-precision", "fp32"])
+
+
+def test_the_self_test_stops_a_run_that_is_not_exact(small, monkeypatch):
+    """Attention whose order of summation depends on the number of queries: the run ends before its first step and says so."""
+    import precision
+    monkeypatch.setattr(ExactNumerics, "attention", lambda self, *a: self._apply(precision._Attention, *a))
+    with pytest.raises(InputError, match=r"not exact on this machine: \d+ of \d+ tokens.*blocks.0.attention, attention:"):
+        small("--no-fast", "--precision", "fp32")
+
+
+def test_a_step_that_is_not_exact_stops_the_run(small, monkeypatch, tmp_path):
+    """After the self-test, in the second step, something changes."""
+    collect, calls = train_rl.collect, []
+
+    def spoiled(*args):
+        rollout, *rest = collect(*args)
+        calls.append(1)
+        if len(calls) == 3:                                           # self-test, step 1, step 2
+            rollout.logp[0, int(rollout.prompt_length[0])] += 1e-6
+        return rollout, *rest
+    monkeypatch.setattr(train_rl, "collect", spoiled)
+    with pytest.raises(InputError, match=r"not exact on this machine: 1 of \d+ tokens"):
+        small()
+    assert len([1 for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if '"step"' in line]) == 1
+
+
+# --- the lesson
+
+
+def test_explain_finds_the_first_operator(monkeypatch):
+    """A number changed on one side only, in one operator: it is that operator which is named."""
+    model = exact_model("fp16", "exact", n_layers=2)
+    tokens = torch.randint(0, 64, (3, 12), generator=torch.Generator().manual_seed(0))
+    assert not any(op.differ or op.differ_raw for op in explain.compare(model, tokens, 4))
+    assert "no operator" in explain.first_difference(model, tokens, 4)
+    silu = ExactNumerics._silu
+    monkeypatch.setattr(ExactNumerics, "_silu", lambda self, x: silu(self, x) * (1.01 if x.shape[1] == 1 else 1))
+    assert explain.first_difference(model, tokens, 4).startswith("blocks.0.mlp, swiglu: ")
+
+
+def test_explain_tells_the_story(capsys):
+    explain.main()
+    said = capsys.readouterr().out
+    ordinary, exact = said.split("EXACT")
+    assert "fp32: the first differing bit is in blocks.0.attention, qkv product" in ordinary and "(0x" in ordinary
+    for fmt in explain.FORMATS:
+        assert f"{fmt}: 49 of 49 operators give the same bits" in exact
+        row = next(line for line in exact.splitlines() if line.startswith(fmt + " ")).split()
+        assert row[4] != "100.0%" and float(row[2]) > 0 and row[8] == "100.0%" and float(row[6]) == 0
+
