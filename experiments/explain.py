@@ -6,7 +6,6 @@ exact mode. On a CPU it is torch's operators that are watched (--no-fast): the c
 already, and differ by attention alone.
 """
 import dataclasses
-import math
 
 import torch
 
@@ -74,7 +73,7 @@ def compare(model, tokens, start):
     with torch.no_grad():
         model(tokens[:, :start], cache)
     for t in range(start, T):
-        steps.append(watch(model, lambda: model(tokens[:, t:t + 1], cache)))
+        steps.append(watch(model, lambda t=t: model(tokens[:, t:t + 1], cache)))
 
     def rows(x, kind, positions):                                  # attention and rope lay out (B, heads, T, D)
         if x is None:
@@ -155,7 +154,7 @@ def table(runs):
         name = f"{op.where:19} {op.name}" if op.where.startswith("blocks.0.") else f"{block:19} all of it"
         if op.where == "head":
             name = f"{'':19} last norm"
-        print(f"{name:40.40}"[:34] if len(name) <= 34 else f"{name[:34]}", end="")
+        print(f"{name:34}", end="")
         for run in runs.values():
             size = f"{run[i].size:.1e}" if run[i].size else "0"
             print(f"{percent(run[i].differ_raw):>8} {percent(run[i].differ):>8} {size:>8}  ", end="")
@@ -167,8 +166,8 @@ def main():
     model, tokens, start, trained = subject(device)
     B, T = tokens.shape
     print(
-        f"{B} answers of {T - start} tokens behind prompts of {start}, {'the default base model' if trained else 'random weights'}, "
-        f"{device}, {torch.get_num_threads()} threads.\n"
+        f"{B} answers of {T - start} tokens behind prompts of {start}, "
+        f"{'the default base model' if trained else 'random weights'}, {device}, {torch.get_num_threads()} threads.\n"
         "Pass 1, as in a rollout: a token at a time, behind a cache. Pass 2, as in training: all tokens at once.\n\n"
         "differ   share of the operator's numbers whose bits differ, in FP32, before rounding to the format\n"
         "rounded  the same after rounding: what the next operator gets\n"
@@ -199,10 +198,11 @@ def main():
             f"{g['logp_gap_mean']:10.1e} {g['logp_gap_max']:10.1e} {g['kl_k3']:10.1e} {g['exact_share']:10.1%} "
             for g in (gaps[fmt, False], gaps[fmt, True])))
     print("\nWhy: a library picks its product, and with it an order of summation, by the shape of the call, and addition of\n"
-          "rounded numbers is not associative. In FP32 nearly every number then differs a little. Rounding to a format hides most\n"
-          "of that, and now and then, where a sum lies close to a border between two of the format's numbers, makes a jump of it:\n"
-          "rare and wide with 7 mantissa bits, more often and 8 times smaller with 10. From the first jump on, whatever depends on\n"
-          "that number differs too. Exact mode gives every product one shape, every sum one order, and every key its place.")
+          "rounded numbers is not associative. In FP32 nearly every number then differs a little. Rounding to a format hides\n"
+          "most of that, and now and then, where a sum lies close to a border between two of the format's numbers, makes a\n"
+          "jump of it: rare and wide with 7 mantissa bits, more often and 8 times smaller with 10. From the first jump on,\n"
+          "whatever depends on that number differs too. Exact mode gives every product one shape, every sum one order, and\n"
+          "every key its place.")
 
 
 def story(fmt, operators):
@@ -221,11 +221,11 @@ def story(fmt, operators):
     here = tuple((op.full != op.cached).nonzero()[0])
     if op.full_raw is None:
         return print(".")
+    before, after = (float(x[here] - y[here]) for x, y in ((op.full_raw, op.cached_raw), (op.full, op.cached)))
     print(f".\n      Of all that reaches {fmt}, the first is in {op.where}, {op.name}:\n"
           f"      {bits(op.cached_raw[here])} becomes {float(op.cached[here]):+.7f} in the rollout,\n"
           f"      {bits(op.full_raw[here])} becomes {float(op.full[here]):+.7f} in training"
-          + (f", {abs(math.log2(abs(float(op.full[here] - op.cached[here]) / (float(op.full_raw[here] - op.cached_raw[here]) or 1)))):.0f}"
-             " doublings further apart." if op.full_raw[here] != op.cached_raw[here] else "."))
+          + (f", {after / before:.0f} times as far apart." if before else "."))
 
 
 if __name__ == "__main__":
