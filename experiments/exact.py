@@ -1,12 +1,17 @@
 """Is it the rounding that hurts, or the disagreement? And is exact mode exact?
 
-    python -m experiments.exact             # twins: fp32, bf16, fp16 and exact bf16 from the same base models, 5 seeds
+    python -m experiments.exact             # twins of BF16, with fp32 and fp16 beside them, from the same base models, 5 seeds
+    python -m experiments.exact --formats e8m2        # twins of another format
     python -m experiments.exact --check     # exact fp32, bf16 and fp16 with 1 and 2 threads: every token of every step
-    python -m experiments.exact --formats e8m3        # other formats: each ordinary and exact
-    python -m experiments.exact --quick     # both on a job of seconds: do the commands work?
+    python -m experiments.exact --quick     # on a job of seconds: do the commands work?
 
-BF16 differs from FP32 in two ways at once: its numbers are coarser, and its rollout and training disagree. Exact BF16 has the
-first without the second, which separates them. All runs of a seed share one base model, problems and random numbers. Two runs
+A coarse format X can hurt in two ways: by its roundings as such, or because rollout and training disagree. Modes tell them apart:
+
+    X          roundings on both sides, and what one forward code leaves of a disagreement
+    X exact    the same roundings, no disagreement: the same bits on both sides
+    X/fp32     the rollout rounds, training does not: disagreement in full, as between two engines, and no rounding in training
+
+All runs of a seed share one base model, problems and random numbers. Two runs
 go on at a time, with one thread each, so times are for comparison among themselves only; `experiments.speed --only modes`
 measures cost. A run that is finished with the same commit is not done again. Writes results/exact-twins.json and .png, or
 results/exact-check.json.
@@ -28,14 +33,16 @@ from sample import Parser, ranged, run_main
 
 QUICK = ("--digits 1 --noise 0.3 --n-layers 2 --width 64 --mlp-width 192 --base-steps 300 --base-batch 64 --base-lr 4e-3 "
          "--pool 70 --heldout 10 --prompts 16 --lr 1e-3").split()
-COLORS = {"fp32": "black", "bf16": "C3", "fp16": "C0"}
+COLORS = {"fp32": "black", "bf16": "C3", "fp16": "C0", "bf16/fp32": "C1"}
 
 
 def run(name, mode, seed, threads, flags, folder):
     """One run of train_rl.py in a process of its own, in a folder of its own -> its record."""
-    path, begin = folder / f"{name}-{mode.replace(' ', '-')}-{threads}-seed{seed}", time.time()
-    fmt, *exact = mode.split()
-    command = ["train_rl.py", "--seed", str(seed), "--precision", fmt, *(["--exact"] if exact else []), "--no-plot", *flags]
+    path, begin = folder / f"{name}-{mode.replace(' ', '-').replace('/', '-')}-{threads}-seed{seed}", time.time()
+    formats, *exact = mode.split()
+    rollout, _, training = formats.partition("/")
+    command = ["train_rl.py", "--seed", str(seed), "--rollout-precision", rollout, "--train-precision", training or rollout,
+               *(["--exact"] if exact else []), "--no-plot", *flags]
     record = path / "record.json"
     if record.exists():
         done = json.loads(record.read_text(encoding="utf-8"))
@@ -78,7 +85,8 @@ def sweep(name, jobs, flags, workers, folder):
             to_go = (time.time() - begin) / len(records) * (len(jobs) - len(records))
             print(f"{r['mode']:12} seed {r['seed']} threads {r['threads']}: accuracy {r['accuracy']:.3f}, "
                   f"gap {r['gap_mean']:.1e} largest {r['gap_max']:.1e}, kl {r['kl_k3']:.1e}, "
-                  f"exact share at least {r['exact_share_min']:.6f}, {r['step_seconds']:.2f} s a step; {to_go / 60:.0f} min to go", flush=True)
+                  f"exact share at least {r['exact_share_min']:.6f}, {r['step_seconds']:.2f} s a step; "
+                  f"{to_go / 60:.0f} min to go", flush=True)
     return records
 
 
@@ -115,7 +123,7 @@ def draw(records, path):
     for i, mode in enumerate(dict.fromkeys(r["mode"] for r in records)):
         fmt, *exact = mode.split()
         rs = [r for r in records if r["mode"] == mode]
-        style = dict(color=COLORS.get(fmt, f"C{4 + i // 2}"), ls="--" if exact else "-", lw=1.8)
+        style = dict(color=COLORS.get(fmt, f"C{i + 1}"), ls="--" if exact else "-", lw=1.8)
         y = np.array([r["curve"] for r in rs])
         x = np.arange(1, y.shape[1] + 1)
         left.plot(x, y.mean(0), label=mode, **style)
@@ -136,7 +144,7 @@ def draw(records, path):
 def main(argv=None):
     p = Parser(prog="experiments.exact", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     p.add_argument("--check", action="store_true", help="exact fp32, bf16, fp16 with 1 and 2 threads: is every token exact?")
-    p.add_argument("--formats", nargs="+", default=[], help="formats to run, each ordinary and exact")
+    p.add_argument("--formats", nargs="+", default=[], help="formats to run, each in its three modes")
     p.add_argument("--seeds", type=ranged(int, 1, 100), default=5, help="seeds 0 to N-1, none left out")
     p.add_argument("--steps", type=ranged(int, 1, 10 ** 6), default=100)
     p.add_argument("--quick", action="store_true", help="a job of seconds and fewer seeds")
@@ -167,7 +175,8 @@ def main(argv=None):
         (out / "exact-check.json").write_text(json.dumps(dict(**about, exact=good, tokens=tokens, runs=rows), indent=1),
                                               encoding="utf-8")
         return 0 if good else 1
-    modes = [m for f in a.formats for m in (f, f"{f} exact")] or ["fp32", "bf16", "bf16 exact", "fp16"]
+    modes = [m for f in a.formats or ["bf16"] for m in (f, f"{f} exact", f"{f}/fp32")]
+    modes = modes if a.formats else ["fp32", "fp16", *modes]
     name = "exact-" + ("-".join(a.formats) or "twins")
     records = sweep("twin", [(m, s, 1) for s in range(a.seeds) for m in modes], flags, a.workers, folder)
     result = summary(records)
