@@ -15,17 +15,17 @@ MIB = 2 ** 20
 CHUNK = 64 * MIB                              # precision.token_logprobs: logits that exist at a time
 
 
-def saved_per_token(gpt, length, element, lanes, fused):
+def saved_per_token(gpt, length, element, lanes, attention):
     """Bytes that one layer keeps for the way back, per token of a micro-batch of sequences of this length. `element`: bytes
-    of a number in the compute dtype; lanes: panel width of the compiled operators, 0 for torch's; fused: a GPU's attention,
-    which keeps no probabilities."""
+    of a number in the compute dtype; lanes: panel width of the compiled operators, 0 for torch's; attention: "plain" keeps
+    its probabilities, "fused" (a GPU's) its output and a sum a query, "exact" makes all of it again."""
     C, F, H, D = gpt.width, gpt.mlp_width, gpt.n_heads, gpt.head_dim
     heads = (H + 2 * gpt.n_kv_heads) * D
     if lanes and D % lanes == 0 and not gpt.qk_norm:                  # the block in one call makes the rest again
         return 4 * (2 * C + heads + H * D + 2 * F + 2 * H + 2)
     n = 4 * C * element + 8                                           # two norms: what went in and out, and a scale
     n += heads * element + H * D * element                            # q, k, v and attention's output
-    n += 8 * H if lanes and D % lanes == 0 else H * D * element + 4 * H if fused else 4 * H * length        # ... its softmax
+    n += 8 * H if lanes and D % lanes == 0 else dict(plain=4 * H * length, fused=H * D * element + 4 * H, exact=0)[attention]
     n += 3 * F * element + (0 if lanes else 4 * F)                 # SwiGLU: its input, its output, silu of the gate
     if gpt.qk_norm:
         n += heads * element + 4 * (H + gpt.n_kv_heads)
@@ -59,9 +59,12 @@ def needs(cfg, device):
     cache = 2 * gpt.n_layers * gpt.n_kv_heads * gpt.head_dim * width * native[cfg.rollout_format]
     kept = cache * (rows + cfg.prompts * cfg.group if gpu and cfg.fast else 3 * rows // 2)      # two sets of graphs; or a copy
     tokens = largest_batch(cfg) * (length - 1)
-    layer = saved_per_token(gpt, length, element, lanes, fused=gpu and element == 2)
-    logits = 3 * min(CHUNK, 4 * gpt.vocab_size * tokens)
+    attention = "exact" if cfg.exact else "fused" if gpu and element == 2 else "plain"
+    layer = saved_per_token(gpt, length, element, lanes, attention)
+    logits = (5 if cfg.exact and not lanes else 3) * min(CHUNK, 4 * gpt.vocab_size * tokens)
     passing = tokens * 4 * element * gpt.mlp_width
+    if cfg.exact and not lanes:                                       # all probabilities of a layer, on the way back
+        passing = max(passing, 3 * 4 * tokens * gpt.n_heads * length)
     return {
         "master weights, FP32": (4 * N, "--n-layers --width --mlp-width"),
         "rounded weights": (rounded, "--n-layers --width --mlp-width"),

@@ -2,7 +2,7 @@
 
     python -m experiments.speed                        # every size that fits this machine, about 20 minutes on two CPU cores
     python -m experiments.speed --sizes 0.9M           # the default model alone
-    python -m experiments.speed --only rollout step    # of rollout, step, scaling, memory
+    python -m experiments.speed --only modes           # of rollout, step, modes, scaling, memory
 
 All contenders get the same weights (checked: their logits agree), the same prompts, number of new tokens and seeds, and none
 of them stops early. They take turns A B C A B C in one process, so that a slow minute hits all of them; the first turn warms
@@ -202,10 +202,10 @@ def prompts_of(size):
 class Own:
     """This program's rollout and whole GRPO step on a model, in one format."""
 
-    def __init__(self, model, size, fmt, fast=True):
+    def __init__(self, model, size, fmt, fast=True, exact=False):
         device = model.embedding.device
         self.model, self.size, self.device = model, size, device
-        self.num = numerics(fmt, device, fast).hold(model.parameters())
+        self.num = numerics(fmt, device, fast, exact).hold(model.parameters())
         self.sampler = Sampler(model, stop=-1, pad=0, fast=fast)
         self.scaler = make_scaler(self.num)
         self.cfg = replace(Config(), micro_batch=size.micro, prompts=size.prompts, group=8)
@@ -357,6 +357,45 @@ def compare(name, size, device, turns, only, missing, folder):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Modes: what do formats and exactness cost?
+
+MODES = ("fp32", "bf16", "fp16", "fp32 exact", "bf16 exact", "fp16 exact", "fp16 --no-fast", "fp16 exact --no-fast")
+
+
+def in_mode(model, size, mode):
+    fmt, *words = mode.split()
+    return Own(model, size, fmt, fast="--no-fast" not in words, exact="exact" in words)
+
+
+def modes(name, size, device, turns):
+    """Whole GRPO steps in each mode, turn by turn, and the peak memory of a process that does two of them."""
+    model = GPT(size.gpt, device, seed=0)
+    say(f"\n{name}: {model.n_params() / 1e6:.1f} M parameters, {size.prompts * 8} answers of {size.new} tokens, whole steps")
+    own = {m: in_mode(model, size, m) for m in MODES}
+    times = taking_turns({m: o.step for m, o in own.items()}, turns, device)
+    report = {}
+    for m, t in times.items():
+        ordinary = m.replace(" exact", "")
+        split = dict(zip(("rollout", "rewards", "gradient", "update"), np.median(own[m].split[1:], 0).tolist()))
+        probe = subprocess.run([sys.executable, "-m", "experiments.speed", "--mode-probe", m, "--sizes", name, "--device",
+                                str(device)], capture_output=True, text=True, check=True)
+        report[m] = dict(seconds=median(t), times=t, split=split, over_fp32=ratio(t, times["fp32"]),
+                         over_ordinary=ratio(t, times[ordinary]), peak_mib=json.loads(probe.stdout.splitlines()[-1])["peak_mib"])
+        report[m]["memory_over_ordinary"] = report[m]["peak_mib"] / report[ordinary]["peak_mib"]
+        r = report[m]
+        say(f"  {m:22} {r['seconds']:7.3f} s ({split['rollout']:.3f} rollout, {split['gradient']:.3f} gradient)   "
+            f"{r['over_fp32']:.2f} x fp32, {r['over_ordinary']:.2f} x ordinary, {r['peak_mib']:.0f} MiB")
+    return report
+
+
+def mode_probe(mode, size, device):
+    own = in_mode(GPT(size.gpt, device, seed=0), size, mode)
+    for turn in range(2):
+        own.step(turn)
+    print(json.dumps(dict(mode=mode, peak_mib=peak_memory(device))))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Scaling and memory
 
 
@@ -490,16 +529,19 @@ def memory_probe(device):
 def main(argv=None):
     p = Parser(prog="python -m experiments.speed", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     p.add_argument("--sizes", nargs="+", choices=("0.9M", "25M", "124M", "0.5B"), help="models to compare on (default: all)")
-    parts = ("rollout", "step", "scaling", "memory")
+    parts = ("rollout", "step", "modes", "scaling", "memory")
     p.add_argument("--only", nargs="+", choices=parts, default=parts, help="which parts (default: all)")
     p.add_argument("--turns", type=ranged(int, 1, 100), default=5, help="counted turns of each contender")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    p.add_argument("--out", default="", help="folder for speed-DEVICE.json and the figure, such as results")
+    p.add_argument("--out", default="", help="folder for speed-DEVICE.json (with --only: speed-PARTS-DEVICE.json) and the figure")
     p.add_argument("--memory-probe", action="store_true", help=argparse.SUPPRESS)
+    p.add_argument("--mode-probe", choices=MODES, help=argparse.SUPPRESS)
     a = p.parse_args(argv)
     device = pick_device(a.device)
     if a.memory_probe:
         return memory_probe(device)
+    if a.mode_probe:
+        return mode_probe(a.mode_probe, sizes(device.type == "cuda")[a.sizes[0]], device)
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")                       # nothing here is downloaded
     try:
@@ -533,6 +575,8 @@ def main(argv=None):
             if not table[name].step:
                 missing.add(f"{name}: no whole step, weights, gradients and AdamW of two models at once take too much memory")
             gc.collect()
+    if "modes" in a.only:
+        report["modes"] = {name: modes(name, table[name], device, a.turns) for name in a.sizes or ["0.9M"] if table[name].step}
     if "scaling" in a.only:
         report["scaling"] = scaling(device, a.turns, a.out)
     if "memory" in a.only:
@@ -541,7 +585,8 @@ def main(argv=None):
     for line in report["left_out"]:
         say(f"left out: {line}")
     if a.out:
-        with open(f"{a.out}/speed-{device.type}.json", "w") as f:
+        only = "" if set(a.only) == set(parts) else "-".join(a.only) + "-"
+        with open(f"{a.out}/speed-{only}{device.type}.json", "w") as f:
             json.dump(report, f, indent=1)
     print(json.dumps(report))
     return 0

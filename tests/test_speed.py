@@ -41,7 +41,7 @@ def test_one_json_line_with_every_row(monkeypatch, capsys, tmp_path):
     assert speed.main(["--turns", "1", "--only", "rollout", "step", "--device", "cpu", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     report = json.loads(printed.splitlines()[-1])
-    assert json.loads((tmp_path / "speed-cpu.json").read_text()) == report
+    assert json.loads((tmp_path / "speed-rollout-step-cpu.json").read_text()) == report
     a, b = report["0.9M"], report["0.5B"]
     assert set(a["rollout"]) == {"tenbit fp32", "tenbit fp16", "tenbit fp16, --no-fast", "generate, dynamic cache",
                                  "generate, static cache"}
@@ -74,3 +74,30 @@ def test_work_is_counted_by_hand():
     decode = 8 * 4 * (layer + 4 * 4 * 5.5 + head)
     forward = 8 * (7 * (layer + 4 * 4 * 4) + 5 * head)
     assert own.flops() == (prefill + decode, prefill + decode + 3 * forward)
+
+
+def test_modes_are_what_they_say(monkeypatch, capsys, tmp_path):
+    """Each mode has its operators, and every exact one is compared with its own ordinary twin."""
+    small(monkeypatch)
+    size, probes = speed.sizes(False)["0.9M"], []
+
+    def probe(command, **_):                                                    # a process of its own would have the real sizes
+        probes.append(command[4])
+        return type("Done", (), dict(stdout=json.dumps(dict(peak_mib=100.0 + 20 * ("exact" in command[4])))))
+    monkeypatch.setattr(speed.subprocess, "run", probe)
+    assert speed.main(["--turns", "1", "--only", "modes", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "speed-modes-cpu.json").read_text())["modes"]["0.9M"]
+    assert list(report) == list(speed.MODES) == probes
+    for m, r in report.items():
+        num = speed.in_mode(speed.GPT(size.gpt), size, m).num
+        assert num.exact == ("exact" in m) and num.fmt.name == m[:4]
+        assert (num.operators == "torch's" or num.operators == "exact") or "--no-fast" not in m
+        if "exact" not in m:
+            assert r["over_ordinary"] == 1.0
+        assert r["memory_over_ordinary"] == (1.2 if "exact" in m else 1.0)
+
+
+def test_a_mode_probe_prints_its_peak(monkeypatch, capsys):
+    small(monkeypatch)
+    speed.main(["--mode-probe", "fp16 exact", "--sizes", "0.9M", "--device", "cpu"])
+    assert json.loads(capsys.readouterr().out)["peak_mib"] > 10
