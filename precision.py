@@ -574,22 +574,24 @@ class _ExactAttention(torch.autograd.Function):
         ctx.num, ctx.where = num, num.where
         (B, H, Tq, D), (KV, Tk), C = q.shape, k.shape[1:3], _ExactAttention.keys
         n = max(1, _ExactAttention.queries * KV // H)                           # positions whose queries make one product
+        causal = mask is None and Tq > 1
         if mask is None:
             mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device)
-            mask = mask.tril_() if Tq > 1 else mask
+            mask = mask.tril_() if causal else mask
         mask = F.pad(mask.view(-1, 1, 1, Tq, Tk), (0, -Tk % C))
         wide = -(-D // 16) * 16                                                 # as in _slabs
         ks, vs = ([_filled(c.float(), C, wide) for c in t.reshape(B * KV, Tk, D).split(C, 1)] for t in (k, v))
-        q = _filled(q.float() * D ** -0.5, Tq, wide).view(B, KV, H // KV, Tq, wide)
+        q = _filled(q.float() * D ** -0.5, Tq, wide).reshape(B, KV, H // KV, Tq, wide)
         out = torch.empty_like(q)
         for t in range(0, Tq, n):
             here = slice(t, min(t + n, Tq))
+            chunks = -(-(here.stop if causal else Tk) // C)                     # those behind it weigh 0
 
             def product(x, y):                                                  # x (B, KV, H / KV, up to n, .), y (B KV, ., .)
                 full = torch.bmm(_filled(x, n, x.shape[-1]).reshape(len(y), -1, x.shape[-1]), y)
                 return full.view(*x.shape[:3], n, -1)[:, :, :, :x.shape[3]]
-            scores = torch.cat([product(q[:, :, :, here], kc.transpose(1, 2)) for kc in ks], -1)
-            scores.masked_fill_(~mask[:, :, :, here], -math.inf)
+            scores = torch.cat([product(q[:, :, :, here], kc.transpose(1, 2)) for kc in ks[:chunks]], -1)
+            scores.masked_fill_(~mask[:, :, :, here, :chunks * C], -math.inf)
             p = (scores - scores.amax(-1, keepdim=True)).exp_()
             total, y = 0, 0
             for pc, vc in zip(p.split(C, -1), vs):

@@ -42,7 +42,7 @@ def bench(cfg):
     model = GPT(gpt_config(cfg, task), device)
     new, rows = task.answer_length, cfg.prompts * cfg.group
     formats = list(dict.fromkeys(("fp32", cfg.train_format)))
-    nums = {f: numerics(f, device, cfg.fast).hold(model.parameters()) for f in formats}
+    nums = {f: numerics(f, device, cfg.fast, cfg.exact).hold(model.parameters()) for f in formats}
     prompts = [encode(task.problem(stream(0, i)).prompt) for i in range(cfg.prompts)]
     prompt = sum(map(len, prompts)) / cfg.prompts
     sampler, scaler, optimizer = (

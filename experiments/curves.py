@@ -32,13 +32,15 @@ def draw(folder, history, formats):
     gap.set(title=f"mismatch before the update: {formats}", ylabel="nats")
     if any(m["logp_gap_max"] > 0 for m in history):
         gap.set_yscale("log")
+        low, high = gap.get_ylim()
+        gap.set_ylim(low / 100, high)                                   # room for the legend
     line(scale, "loss_scale")
     scale.set(title="loss scale", xlabel="step")
     scale.set_yscale("log", base=2)
     seconds.stackplot(x, [m["t_rollout"] for m in history], [m["t_train"] for m in history], labels=["rollout", "training"])
     seconds.set(title="time", xlabel="step", ylabel="seconds a step")
     for ax in (learning, gap, seconds):
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=8, **(dict(loc="lower center", ncols=2) if ax is gap else {}))
     path = pathlib.Path(folder) / "curves.png"
     fig.savefig(path, dpi=130)
     plt.close(fig)
