@@ -108,8 +108,7 @@ def emulate_(x, fmt):
     cut = 23 - fmt.man
     if cut == 0 and fmt.exp == 8:
         return x
-    special = ~torch.isfinite(x)
-    kept = x[special]
+    original = x.clone()
     small = x.abs() < fmt.tiny if fmt.exp < 8 else None
     if small is not None:
         big = 2.0 ** 23 * fmt.smallest
@@ -121,8 +120,7 @@ def emulate_(x, fmt):
     if small is not None:
         torch.where(small, subnormal, x, out=x)
         x.masked_fill_(x > fmt.max, math.inf).masked_fill_(x < -fmt.max, -math.inf)
-    x[special] = kept                                         # inf and nan are what they were
-    return x
+    return torch.where(torch.isfinite(original), x, original, out=x)       # inf and nan are what they were
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,6 +268,11 @@ class Numerics:
         token = (cdf <= u[:, None] * cdf[:, -1:]).sum(-1)
         return token, logp.gather(1, token[:, None])[:, 0]
 
+    def likeliest(self, logits):
+        """logits (R, V) FP32 -> the likeliest token (R,) int64 and its FP32 log-prob under softmax(logits) (R,)."""
+        logp, token = self.log_softmax(logits, 1.0).max(-1)
+        return token, logp
+
     def token_logprobs(self, h, w, targets, rows=None, temperature=1.0, chunk_bytes=64 << 20):
         """log softmax(h wᵀ / temperature) at `targets`, and the entropy of each distribution (nats, no gradient).
 
@@ -318,15 +321,17 @@ class ExactNumerics(Numerics):
     Libraries choose their kernel, and with it an order of summation, by the shape of the whole call; rounding makes the order
     visible. So a token's value may here depend on its own row, the keys at or before its position, and nothing else:
 
-      products    always of one shape, `slab` rows, the last slab filled up with zeros
+      products    always of one shape and layout, filled up with zeros: `slab` rows, or `slab` pairs of a row and a key head
       row sums    (norms, softmax) by a fixed tree of elementwise additions
-      attention   the keys in chunks at absolute positions; a masked key weighs exactly 0, and adding 0 changes nothing
+      attention   the keys in chunks at absolute positions; a masked key weighs exactly 0, and adding 0 (times what is finite)
+                  changes nothing
       elementwise torch's silu is left out: on a CPU its vector and scalar versions differ, and which one a number meets depends
                   on where it lies. exp, and the arithmetic that IEEE defines, do not have that
 
-    The way back is the ordinary one: a gradient has nothing to agree with. What is left to trust is that one product's rows
-    do not depend on their place in the slab; nothing is claimed unchecked (train_rl's self-test, and every step's
-    exact_share). Source: the causes are those of He et al., "Defeating Nondeterminism in LLM Inference" (2025)."""
+    The way back has the ordinary formulas: a gradient has nothing to agree with. What is left to trust is that a product's row
+    does not depend on its place among the others of its slab. So nothing is claimed unchecked: train_rl has a self-test, and
+    measures exact_share on every step. Source: the causes are those of He et al., "Defeating Nondeterminism in LLM Inference"
+    (2025)."""
 
     exact = True
 
@@ -336,6 +341,7 @@ class ExactNumerics(Numerics):
         self.slab = 64 if self.device.type == "cpu" else 512
 
     def attention(self, q, k, v, mask=None):
+        assert mask is not None or q.shape[2] in (1, k.shape[2])
         return self._apply(_ExactAttention, q, k, v, mask)
 
     def logits(self, h, w):
@@ -346,11 +352,12 @@ class ExactNumerics(Numerics):
 
     def _slabs(self, x, w, b, dtype):
         """x (N, I) wᵀ + b in pieces of `slab` rows, of fewer if w is a large vocabulary -> (N, O) in dtype."""
-        y, rows = x.new_empty(len(x), len(w), dtype=dtype), min(self.slab, max(16, (1 << 23) // len(w)))
-        w = _filled(w, max(len(w), 16), -(-w.shape[1] // 16) * 16)       # narrow products go by the address of each row
+        rows = min(self.slab, 1 << max(4, ((1 << 23) // len(w)).bit_length() - 1))
+        y, wide = x.new_empty(len(x), len(w), dtype=dtype), -(-w.shape[1] // 16) * 16
+        w = _filled(w, max(len(w), 16), wide)                            # a narrow product's order goes by its rows' addresses
         b = b if b is None or len(b) == len(w) else F.pad(b, (0, len(w) - len(b)))
         for part, out in zip(x.split(rows), y.split(rows)):
-            part = _filled(part, rows, w.shape[1])
+            part = _filled(part, rows, wide)
             out.copy_((F.linear(part, w, b) if dtype == part.dtype else self._mm32(part, w.t()))[:len(out), :out.shape[1]])
         return y
 
@@ -365,10 +372,11 @@ class ExactNumerics(Numerics):
         return x - tree_sum(x.exp()).log_()
 
 
-def _filled(x, rows, width):
-    """x (..., n, C) with zeros behind, (..., rows, width)."""
-    n, C = x.shape[-2:]
-    return x if (n, C) == (rows, width) else F.pad(x, (0, width - C, 0, rows - n))
+def _filled(x, *shape):
+    """x in a contiguous tensor of this shape, with zeros behind it in each dimension."""
+    if x.shape == shape:
+        return x.contiguous()
+    return F.pad(x, [n for have, want in zip(x.shape[::-1], shape[::-1]) for n in (0, want - have)])
 
 
 def tree_sum(x):
@@ -564,8 +572,8 @@ class _Attention(torch.autograd.Function):
 
 
 class _ExactAttention(torch.autograd.Function):
-    """Attention in products of one shape: 16 queries (those of the heads that share a key head together) by 32 keys, which
-    lie at absolute positions. The chunks' sums are added one after another, from position 0 on."""
+    """Attention in products of one shape: up to 16 queries (those of the heads that share a key head together) by 32 keys at
+    absolute positions, for `slab` pairs of a row and a key head. Chunks of keys are added up from position 0 on."""
     queries, keys = 16, 32
 
     @staticmethod
@@ -573,31 +581,33 @@ class _ExactAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, mask)
         ctx.num, ctx.where = num, num.where
         (B, H, Tq, D), (KV, Tk), C = q.shape, k.shape[1:3], _ExactAttention.keys
-        n = max(1, _ExactAttention.queries * KV // H)                           # positions whose queries make one product
-        causal = mask is None and Tq > 1
+        G, pairs, S, wide, causal = H // KV, B * KV, num.slab, -(-D // 16) * 16, mask is None and Tq > 1
+        n = max(1, _ExactAttention.queries // G)                                # positions whose queries make one product
         if mask is None:
             mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device)
             mask = mask.tril_() if causal else mask
-        mask = F.pad(mask.view(-1, 1, 1, Tq, Tk), (0, -Tk % C))
-        wide = -(-D // 16) * 16                                                 # as in _slabs
-        ks, vs = ([_filled(c.float(), C, wide) for c in t.reshape(B * KV, Tk, D).split(C, 1)] for t in (k, v))
-        q = _filled(q.float() * D ** -0.5, Tq, wide).reshape(B, KV, H // KV, Tq, wide)
+        mask = F.pad(mask.view(-1, 1, Tq, Tk), (0, -Tk % C))
+        mask = mask.repeat_interleave(KV, 0) if len(mask) > 1 else mask         # (pairs or 1, 1, Tq, whole chunks)
+        q, (k, v) = q.reshape(pairs, G, Tq, D).float() * D ** -0.5, (t.reshape(pairs, Tk, D).float() for t in (k, v))
         out = torch.empty_like(q)
-        for t in range(0, Tq, n):
-            here = slice(t, min(t + n, Tq))
-            chunks = -(-(here.stop if causal else Tk) // C)                     # those behind it weigh 0
+        for a in range(0, pairs, S):
+            mine = slice(a, min(a + S, pairs))
+            ks, vs = ([_filled(c, S, C, wide) for c in t[mine].split(C, 1)] for t in (k, v))
+            for t in range(0, Tq, n):
+                here = slice(t, min(t + n, Tq))
+                chunks = -(-(here.stop if causal else Tk) // C)                 # those behind it weigh 0
 
-            def product(x, y):                                                  # x (B, KV, H / KV, up to n, .), y (B KV, ., .)
-                full = torch.bmm(_filled(x, n, x.shape[-1]).reshape(len(y), -1, x.shape[-1]), y)
-                return full.view(*x.shape[:3], n, -1)[:, :, :, :x.shape[3]]
-            scores = torch.cat([product(q[:, :, :, here], kc.transpose(1, 2)) for kc in ks[:chunks]], -1)
-            scores.masked_fill_(~mask[:, :, :, here, :chunks * C], -math.inf)
-            p = (scores - scores.amax(-1, keepdim=True)).exp_()
-            total, y = 0, 0
-            for pc, vc in zip(p.split(C, -1), vs):
-                total, y = total + tree_sum(pc), y + product(pc, vc)
-            out[:, :, :, here] = y / total
-        return num._out(out.view(B, H, Tq, wide)[..., :D].contiguous())
+                def product(x, y, width):                                       # x (pairs, G, positions, .), y (S, width, .)
+                    full = torch.bmm(_filled(x, S, G, n, width).view(S, G * n, width), y).view(S, G, n, -1)
+                    return full[:x.shape[0], :, :x.shape[2]]
+                scores = torch.cat([product(q[mine, :, here], kc.transpose(1, 2), wide) for kc in ks[:chunks]], -1)
+                scores.masked_fill_(~mask[mine if len(mask) > 1 else slice(None), :, here, :chunks * C], -math.inf)
+                p = (scores - scores.amax(-1, keepdim=True)).exp_()
+                total, y = 0, 0
+                for pc, vc in zip(p.split(C, -1), vs):
+                    total, y = total + tree_sum(pc), y + product(pc, vc, C)
+                out[mine, :, here] = (y / total)[..., :D]
+        return num._out(out.view(B, H, Tq, D))
 
     @staticmethod
     def backward(ctx, dy):
@@ -706,7 +716,7 @@ def banner(rollout, train, scaler):
     how = "FP32 GEMM, result rounded (a CPU's own half GEMM is slow, a GPU has none of this format)" if train.emulated else \
         "FP32" if train.dtype == torch.float32 else "FP32 on tensor cores, 16-bit reductions off"
     same = "DIFFERENT roundings on the two sides" if rollout.fmt != train.fmt else \
-        "exact, the same bits on both sides" if train.exact else "same roundings on both sides"
+        "exact, one order of summation on both sides" if train.exact else "same roundings on both sides"
     scale = f"loss scale {scaler.get_scale():.0f} ({train.fmt.exp} exponent bits)" if scaler.is_enabled() else \
         f"no loss scale ({train.fmt.exp} exponent bits reach as far as FP32)"
     return f"{where} | rollout {rollout.fmt.name}, train {train.fmt.name}: {same} | accumulate {how} | {scale}"

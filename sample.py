@@ -127,7 +127,7 @@ class Sampler:
             """hidden (R, C) -> a token drawn from the policy, and its log-prob under this very distribution."""
             logits = model.logits(hidden)                                                    # (R, V)
             if temperature == 0:
-                return model.num.log_softmax(logits, 1.0).max(-1)[::-1]
+                return model.num.likeliest(logits)
             return model.num.draw(logits, u, temperature)
 
         cache = KVCache(model.cfg, *padded.shape, model.num)

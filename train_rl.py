@@ -454,25 +454,26 @@ def rehearse(cfg, device, task, rollout_num, train_num):
 
 
 def self_test(model, sampler, task, problems, cfg, scaler, num):
-    """Exact mode claims nothing unchecked: one step's very shapes, the rollout's log-probs against those of training, forward
-    with a gradient and without one."""
+    """Exact mode claims nothing unchecked: a step of this job's own sizes, the rollout's log-probs against those of training,
+    with a gradient and without one. Returns the number of tokens compared; leaves everything as it was."""
     rollout, _, _ = collect(sampler, task, batch_of(problems, 0, cfg), cfg, (cfg.seed, 12))
     half = (torch.arange(len(rollout.length), device=num.device) % 2).float()
     _, logp_train, _ = accumulate_gradient(model.use(num), rollout, half, cfg, scaler, task.answer_length)
     model.zero_grad(set_to_none=True)
-    differ = (logp_train != rollout.logp)[rollout.is_answer]
+    differ = (logp_train != rollout.logp) & rollout.is_answer & torch.isfinite(rollout.logp)      # the loop stops what is not
     if differ.any():
-        raise not_exact(model, rollout, differ)
-    return len(differ)
+        raise not_exact(model, rollout, differ, "Run without --exact")
+    return int(rollout.is_answer.sum())
 
 
-def not_exact(model, rollout, differ):
+def not_exact(model, rollout, differ, advice):
+    """differ (R, T): the answers' tokens with other bits in training than in the rollout."""
     from experiments.explain import first_difference
-    rows = torch.argsort(rollout.length)[-3:]                           # whose prompts are of one length, as in the tasks here
-    start = int(rollout.prompt_length[rows].max())
-    where = first_difference(model, rollout.tokens[rows, :int(rollout.length[rows].max())], start)
-    return InputError(f"exact mode is not exact on this machine: {int(differ.sum())} of {len(differ)} tokens got other bits in "
-                      f"training than in the rollout. First difference: {where}. Run without --exact, or with --no-fast")
+    rows = torch.argsort(differ.any(1).int(), descending=True, stable=True)[:24]                   # one that differs first
+    end = int(rollout.length[rows[0]])
+    where = first_difference(model, rollout.tokens[rows, :end], min(int(rollout.prompt_length[rows].max()), end - 1))
+    return InputError(f"exact mode is not exact on this machine: {int(differ.sum())} of {int(rollout.is_answer.sum())} tokens "
+                      f"got other bits in training than in the rollout. First difference: {where}. {advice}")
 
 
 def batch_of(problems, step, cfg):
@@ -556,6 +557,11 @@ def train(cfg, given, run):
                                   weight_decay=0.0, fused=True)
     sampler = Sampler(model.use(rollout_num), fast=cfg.fast)
 
+    if cfg.exact:
+        problems = [Problem(*p) for p in resumed["problems"]] if resumed else pool
+        say(f"self-test of exact mode: {self_test(model, sampler, task, problems, cfg, scaler, train_num)} tokens of a step of "
+            "this job, the same bits in rollout and training")
+
     def pass_at_1(problems, purpose):
         model.use(rollout_num)
         right = solve(
@@ -598,9 +604,6 @@ def train(cfg, given, run):
 
     if not resumed:
         save(0)
-    if cfg.exact:
-        tested = self_test(model, sampler, task, problems, cfg, scaler, train_num)
-        say(f"self-test of exact mode: {tested} tokens of a step of this job, the same bits in rollout and training")
     stop = []  # a first Ctrl-C ends the step, a second one ends at once
 
     def on_interrupt(*_):
@@ -631,7 +634,8 @@ def train(cfg, given, run):
             raise broken(run, "log-probs are no longer finite", first_bad_layer(*again))
         gaps = mismatch(mu, pi, lengths)  # before the update: this is the mismatch and nothing else
         if cfg.exact and gaps["exact_share"] < 1:
-            raise not_exact(model, rollout, mu != pi)
+            raise not_exact(model, rollout, where & (rollout.logp != logp_train),
+                            f"Stopped at step {step}; go on without it: --resume {run.path} --no-exact")
         lr = learning_rate(cfg, updates)
         norm, skip = apply_gradient(model, optimizer, scaler, cfg, lr)
         updates, skipped = updates + (not skip), skipped + skip

@@ -11,10 +11,11 @@ A coarse format X can hurt in two ways: by its roundings as such, or because rol
     X exact    the same roundings, no disagreement: the same bits on both sides
     X/fp32     the rollout rounds, training does not: disagreement in full, as between two engines, and no rounding in training
 
-All runs of a seed share one base model, problems and random numbers. Two runs
-go on at a time, with one thread each, so times are for comparison among themselves only; `experiments.speed --only modes`
-measures cost. A run that is finished with the same commit is not done again. Writes results/exact-twins.json and .png, or
-results/exact-check.json.
+All runs of a seed share one base model, one pool of problems and one stream of random numbers. Each picks its perfectible set
+from that pool, and is scored, as it samples, in its own rollout format; so the sets differ by a few problems. Two runs go on at
+a time, with one thread each: times are for comparison among themselves only, `experiments.speed --only modes` measures cost.
+A run that is finished with the same commit is not done again; one that fails is an outcome, and counted. Writes
+results/exact-twins.json and .png, or results/exact-check.json (--quick: into out/).
 """
 import json
 import os
@@ -43,10 +44,10 @@ def run(name, mode, seed, threads, flags, folder):
     rollout, _, training = formats.partition("/")
     command = ["train_rl.py", "--seed", str(seed), "--rollout-precision", rollout, "--train-precision", training or rollout,
                *(["--exact"] if exact else []), "--no-plot", *flags]
-    record = path / "record.json"
+    record, code = path / "record.json", version()
     if record.exists():
         done = json.loads(record.read_text(encoding="utf-8"))
-        if done["git"] is not None and not done["git_dirty"] and (done["git"], done["command"]) == (head(), command):
+        if code and (done["code"], done["command"]) == (code, command):
             return done
     shutil.rmtree(path, ignore_errors=True)                    # what a stopped sweep left of this run
     path.mkdir(parents=True)
@@ -54,62 +55,86 @@ def run(name, mode, seed, threads, flags, folder):
     with open(path / "log.txt", "w", encoding="utf-8") as log:
         child = subprocess.Popen([sys.executable, *command, "--out", str(path / "run")], cwd=ROOT, env=env, stdout=log,
                                  stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(child.pid, 0)
+        if hasattr(os, "wait4"):
+            _, status, usage = os.wait4(child.pid, 0)
+            child.returncode = os.waitstatus_to_exitcode(status)
+            peak = usage.ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+        else:                                                  # Windows
+            child.wait()
+            peak = float("nan")
+    out = dict(mode=mode, seed=seed, threads=threads, command=command, code=code, wall=time.time() - begin, peak_mib=peak)
+    if child.returncode not in (0, 1):
+        print(f"{mode}, seed {seed} failed: {(path / 'log.txt').read_text(encoding='utf-8')[-400:]}", flush=True)
+        out["failed"] = (path / "log.txt").read_text(encoding="utf-8").strip().splitlines()[-1:]
+        return out
     rows = [json.loads(line) for line in (path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    if os.waitstatus_to_exitcode(status) not in (0, 1) or "result" not in rows[-1]:
-        raise SystemExit(f"{mode}, seed {seed} did not finish: {(path / 'log.txt').read_text(encoding='utf-8')[-600:]}")
+    if "result" not in rows[-1]:                               # exit status 1: a FAIL, or one line on why it stopped
+        out["failed"] = (path / "log.txt").read_text(encoding="utf-8").strip().splitlines()[-1:]
+        print(f"{mode}, seed {seed} failed: {out['failed']}", flush=True)
+        return out
     steps = [r for r in rows if "step" in r]
-    out = dict(
-        mode=mode, seed=seed, threads=threads, command=command, git=rows[0]["git"], git_dirty=rows[0]["git_dirty"],
-        torch=rows[0]["torch"], **rows[-1]["result"], wall=time.time() - begin, steps=len(steps),
+    out |= dict(
+        torch=rows[0]["torch"], **rows[-1]["result"], steps=len(steps),
         tokens=sum(m["tokens"] for m in steps), exact_share_min=min(m["exact_share"] for m in steps),
         gap_max=max(m["logp_gap_max"] for m in steps), gap_mean=float(np.mean([m["logp_gap_mean"] for m in steps])),
         kl_k3=float(np.mean([m["kl_k3"] for m in steps])),
         step_seconds=float(np.median([m["t_rollout"] + m["t_train"] for m in steps])),
-        peak_mib=usage.ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10),
         curve=[m["accuracy"] for m in steps], kl_curve=[m["kl_k3"] for m in steps])
     record.write_text(json.dumps(out), encoding="utf-8")
     return out
 
 
-def head():
-    return subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
+def version():
+    """The commit, if the sources are just as it has them, else None."""
+    def ask(*command):
+        return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return None if ask("status", "--porcelain", "--", "*.py", "*.c") else ask("rev-parse", "HEAD") or None
 
 
 def sweep(name, jobs, flags, workers, folder):
-    """jobs: (mode, seed, threads). Runs `workers` at a time, with a line and the time to go after each."""
+    """jobs: (mode, seed, threads). Runs `workers` at a time, with a line and the time to go after each. The first job of each
+    seed makes its base model, so these come first."""
+    first = {seed: i for i, (_, seed, _) in reversed(list(enumerate(jobs)))}
     begin, records = time.time(), []
-    with ThreadPoolExecutor(workers) as pool:
-        for r in pool.map(lambda job: run(name, *job, flags, folder), jobs):
-            records.append(r)
-            to_go = (time.time() - begin) / len(records) * (len(jobs) - len(records))
-            print(f"{r['mode']:12} seed {r['seed']} threads {r['threads']}: accuracy {r['accuracy']:.3f}, "
-                  f"gap {r['gap_mean']:.1e} largest {r['gap_max']:.1e}, kl {r['kl_k3']:.1e}, "
-                  f"exact share at least {r['exact_share_min']:.6f}, {r['step_seconds']:.2f} s a step; "
-                  f"{to_go / 60:.0f} min to go", flush=True)
+    for phase in ([j for i, j in enumerate(jobs) if first[j[1]] == i], [j for i, j in enumerate(jobs) if first[j[1]] != i]):
+        with ThreadPoolExecutor(workers) as pool:
+            for r in pool.map(lambda job: run(name, *job, flags, folder), phase):
+                records.append(r)
+                to_go = (time.time() - begin) / len(records) * (len(jobs) - len(records))
+                about = "FAILED" if "failed" in r else (
+                    f"accuracy {r['accuracy']:.3f}, gap {r['gap_mean']:.1e} largest {r['gap_max']:.1e}, kl {r['kl_k3']:.1e}, "
+                    f"exact share at least {r['exact_share_min']:.6f}, {r['step_seconds']:.2f} s a step")
+                print(f"{r['mode']:12} seed {r['seed']} threads {r['threads']}: {about}; {to_go / 60:.0f} min to go", flush=True)
     return records
+
+
+# Student's t, two-sided, 5 %: number of pairs -> limit. Beyond the table the last one, which is a little too strict.
+LIMITS = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 
 def paired(records, a, b):
     """Difference of accuracy a - b, seed by seed: mean, its standard error, and whether it is more than Student's t allows."""
-    one, two = ({r["seed"]: r["accuracy"] for r in records if r["mode"] == m} for m in (a, b))
-    d = np.array([one[s] - two[s] for s in sorted(one)])
+    one, two = ({r["seed"]: r["accuracy"] for r in records if r["mode"] == m and "failed" not in r} for m in (a, b))
+    d = np.array([one[s] - two[s] for s in sorted(one) if s in two])
     if len(d) < 2:
-        return dict(mean=float(d.mean()), se=None, t=None, significant=None)
+        return dict(seeds=len(d), mean=None, se=None, significant=None)
     se = float(d.std(ddof=1) / np.sqrt(len(d)))
-    limit = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}.get(len(d), 2.1)
-    return dict(mean=float(d.mean()), se=se, t=float(d.mean() / se) if se else 0.0, significant=bool(abs(d.mean()) > limit * se))
+    return dict(seeds=len(d), mean=float(d.mean()), se=se,
+                significant=bool(se > 0 and abs(d.mean()) > LIMITS.get(len(d), 2.26) * se))
 
 
 def summary(records):
     modes = list(dict.fromkeys(r["mode"] for r in records))
-    of = {m: [r for r in records if r["mode"] == m] for m in modes}
-    return {m: dict(accuracy=spread([r["accuracy"] for r in rs]), heldout_after=spread([r["heldout_after"] for r in rs]),
+    of = {m: [r for r in records if r["mode"] == m and "failed" not in r] for m in modes}
+    failed = {m: sum(r["mode"] == m and "failed" in r for r in records) for m in modes}
+    return {m: dict(failed=failed[m], accuracy=spread([r["accuracy"] for r in rs]),
+                    heldout_after=spread([r["heldout_after"] for r in rs]),
                     lowest_step=spread([min(r["curve"]) for r in rs]),
                     gap_mean=float(np.mean([r["gap_mean"] for r in rs])), gap_max=max(r["gap_max"] for r in rs),
                     kl_k3=float(np.mean([r["kl_k3"] for r in rs])), exact_share_min=min(r["exact_share_min"] for r in rs),
                     step_seconds=float(np.median([r["step_seconds"] for r in rs])),
-                    peak_mib=float(np.median([r["peak_mib"] for r in rs]))) for m, rs in of.items()}
+                    peak_mib=float(np.median([r["peak_mib"] for r in rs]))) if rs else dict(failed=failed[m])
+            for m, rs in of.items()}
 
 
 def draw(records, path):
@@ -122,7 +147,9 @@ def draw(records, path):
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     for i, mode in enumerate(dict.fromkeys(r["mode"] for r in records)):
         fmt, *exact = mode.split()
-        rs = [r for r in records if r["mode"] == mode]
+        rs = [r for r in records if r["mode"] == mode and "failed" not in r]
+        if not rs:
+            continue
         style = dict(color=COLORS.get(fmt, f"C{i + 1}"), ls="--" if exact else "-", lw=1.8)
         y = np.array([r["curve"] for r in rs])
         x = np.arange(1, y.shape[1] + 1)
@@ -149,7 +176,7 @@ def main(argv=None):
     p.add_argument("--steps", type=ranged(int, 1, 10 ** 6), default=100)
     p.add_argument("--quick", action="store_true", help="a job of seconds and fewer seeds")
     p.add_argument("--workers", type=ranged(int, 1, 64), default=max(1, (os.cpu_count() or 2)), help="runs at a time")
-    p.add_argument("--out", default=str(ROOT / "results"), help="folder for JSON and PNG")
+    p.add_argument("--out", default="", help="folder for JSON and PNG (default results, with --quick out/exact-quick)")
     a = p.parse_args(argv)
     for fmt in a.formats:
         parse_format(fmt)
@@ -157,9 +184,9 @@ def main(argv=None):
     if a.quick:
         a.steps, a.seeds = min(a.steps, 12), min(a.seeds, 2)
         flags = [*QUICK, "--steps", str(a.steps)]
-    out = pathlib.Path(a.out)
-    out.mkdir(parents=True, exist_ok=True)
     folder = ROOT / "out" / ("exact-quick" if a.quick else "exact")
+    out = pathlib.Path(a.out or (folder if a.quick else ROOT / "results"))
+    out.mkdir(parents=True, exist_ok=True)
     about = dict(command="python -m experiments.exact " + " ".join(argv if argv is not None else sys.argv[1:]), flags=flags,
                  workers=a.workers)
     if a.check:
@@ -167,10 +194,11 @@ def main(argv=None):
         records = []
         for threads in (1, 2):                             # processes side by side only where each has a core of its own
             records += sweep("check", [(m, 0, threads) for m in modes], flags, max(1, a.workers // threads), folder)
-        tokens, steps = sum(r["tokens"] for r in records), sum(r["steps"] for r in records)
-        good = all(r["exact_share_min"] == 1.0 and r["gap_max"] == 0.0 for r in records)
-        print(f"{'exact' if good else 'NOT EXACT'}: {tokens} tokens in {steps} steps of {len(records)} runs, largest |gap| "
-              f"{max(r['gap_max'] for r in records)}")
+        done = [r for r in records if "failed" not in r]
+        tokens, steps = sum(r["tokens"] for r in done), sum(r["steps"] for r in done)
+        good = len(done) == len(records) and all(r["exact_share_min"] == 1.0 and r["gap_max"] == 0.0 for r in done)
+        print(f"{'exact' if good else 'NOT EXACT'}: {tokens} tokens in {steps} steps of {len(done)} runs, largest |gap| "
+              f"{max((r['gap_max'] for r in done), default=float('nan'))}")
         rows = [{k: v for k, v in r.items() if "curve" not in k} for r in records]
         (out / "exact-check.json").write_text(json.dumps(dict(**about, exact=good, tokens=tokens, runs=rows), indent=1),
                                               encoding="utf-8")
@@ -184,12 +212,15 @@ def main(argv=None):
     print(f"\n{'mode':12} {'accuracy':>17} {'held-out':>9} {'mean gap':>9} {'largest':>9} {'KL (k3)':>9} {'s/step':>7} "
           f"{'MiB':>6}")
     for m, s in result.items():
-        print(f"{m:12} {s['accuracy']['mean']:8.3f} sd {s['accuracy']['sd'] or 0:5.3f} {s['heldout_after']['mean']:9.3f} "
-              f"{s['gap_mean']:9.1e} {s['gap_max']:9.1e} {s['kl_k3']:9.1e} {s['step_seconds']:7.2f} {s['peak_mib']:6.0f}")
+        print(f"{m:12} " + (f"{s['failed']} failed " if s["failed"] else "") + (
+            f"{s['accuracy']['mean']:8.3f} sd {s['accuracy']['sd'] or 0:5.3f} {s['heldout_after']['mean']:9.3f} "
+            f"{s['gap_mean']:9.1e} {s['gap_max']:9.1e} {s['kl_k3']:9.1e} {s['step_seconds']:7.2f} {s['peak_mib']:6.0f}"
+            if "accuracy" in s else ""))
+    print(f"\npaired differences of accuracy; of {len(pairs)} pairs, one in twenty is shown to differ by chance alone")
     for k, d in pairs.items():
         if d["se"] is not None:
-            print(f"accuracy, {k}: {d['mean']:+.4f} (standard error {d['se']:.4f}, {a.seeds} seeds): "
-                  f"{'a difference' if d['significant'] else 'no difference'} at the 5 % level")
+            print(f"  {k}: {d['mean']:+.4f} (standard error {d['se']:.4f}, {d['seeds']} seeds): "
+                  f"{'differ' if d['significant'] else 'no difference shown'} at the 5 % level")
     (out / f"{name}.json").write_text(json.dumps(dict(**about, summary=result, pairs=pairs, runs=records), indent=1),
                                       encoding="utf-8")
     draw(records, out / f"{name}.png")

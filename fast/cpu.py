@@ -151,7 +151,7 @@ class CPUNumerics(Numerics):
 
     def __init__(self, fmt, library, exact=False):
         super().__init__(fmt, "cpu")
-        self.exact = exact
+        self.exact, self.slab = exact, 64
         self.operators = "compiled exact" if exact else "compiled"
         self.lib, self.c_format, self.lanes = library, _c_format(self.fmt), library.panel_width()
         self._packed = {}                                               # (master, for the way back?) -> panels
@@ -199,6 +199,11 @@ class CPUNumerics(Numerics):
     def draw(self, logits, u, temperature=1.0):
         token, logp = torch.empty(len(u), dtype=torch.int64), torch.empty(len(u))
         self.lib.draw(logits.data_ptr(), u.data_ptr(), temperature, token.data_ptr(), logp.data_ptr(), *logits.shape)
+        return token, logp
+
+    def likeliest(self, logits):
+        token, (logp, entropy) = logits.argmax(-1), torch.empty(2, len(logits))
+        self.lib.token_logprobs(logits.data_ptr(), token.data_ptr(), 1.0, logp.data_ptr(), entropy.data_ptr(), *logits.shape)
         return token, logp
 
     def round_(self, x):
