@@ -24,10 +24,10 @@ NAMES = {"_RMSNorm": "norm", "_Rope": "rope", "_Attention": "attention", "_Add":
 
 @dataclasses.dataclass
 class Operator:
-    """What one operator gave in both passes, for the positions that the rollout decodes; a position a row."""
+    """What one operator gave in both passes, a position a row."""
     where: str
     name: str
-    full: torch.Tensor             # (positions, numbers), rounded to the format
+    full: torch.Tensor             # (B T, numbers), rounded to the format
     cached: torch.Tensor
     full_raw: torch.Tensor | None  # FP32, before rounding; None where the hardware rounds as it writes
     cached_raw: torch.Tensor | None
@@ -66,22 +66,19 @@ def watch(model, run):
 
 
 def compare(model, tokens, start, alone=False):
-    """tokens (B, T) through model.num, cached from position `start` on, and all at once -> [Operator], in order. alone: all at
-    once means the first row by itself, and that row is compared: does it depend on the company that it was decoded in?"""
+    """tokens (B, T) through model.num, a token at a time behind the first `start`, and all at once -> [Operator], in order.
+    alone: all at once means the first row by itself, and that row is compared: does it depend on the company it was in?"""
     B, T = tokens.shape
     shown = slice(0, 1 if alone else B)
     full = watch(model, lambda: model(tokens[shown]))
-    cache, steps = KVCache(model.cfg, B, T, model.num), []
-    with torch.no_grad():
-        model(tokens[:, :start], cache)
+    cache = KVCache(model.cfg, B, T, model.num)
+    steps = [watch(model, lambda: model(tokens[:, :start], cache))]
     for t in range(start, T):
         steps.append(watch(model, lambda t=t: model(tokens[:, t:t + 1], cache)))
 
-    def rows(x, kind, positions):                                  # attention and rope lay out (B, heads, T, D)
-        if x is None:
-            return None
+    def rows(x, kind):                                             # attention and rope lay out (B, heads, T, D)
         x = x.transpose(1, 2) if "Attention" in kind or "Rope" in kind else x
-        return x[shown, positions].flatten(2).flatten(0, 1)
+        return x[shown].flatten(2)
     found, products = [], 0
     for i, (where, kind, x, raw) in enumerate(full):
         name = NAMES.get(kind.replace("Exact", ""), kind)
@@ -90,10 +87,10 @@ def compare(model, tokens, start, alone=False):
             products += 1
         if kind == "_Rope":
             name += " (q)" if full[i - 1][1] != "_Rope" else " (k)"
-        cached = [torch.cat([rows(s[i][j], kind, slice(0, 1))[:, None] for s in steps], 1).flatten(0, 1)
-                  if steps[0][i][j] is not None else None for j in (2, 3)]
-        here = slice(start, T)
-        found.append(Operator(where, name, rows(x, kind, here), cached[0], rows(raw, kind, here), cached[1]))
+        cached = [torch.cat([rows(s[i][j], kind) for s in steps], 1).flatten(0, 1) if full[i][j] is not None else None
+                  for j in (2, 3)]
+        whole = [None if t is None else rows(t, kind).flatten(0, 1) for t in (x, raw)]
+        found.append(Operator(where, name, whole[0], cached[0], whole[1], cached[1]))
     return found
 
 
@@ -172,7 +169,7 @@ def main():
     print(
         f"{B} answers of {T - start} tokens behind prompts of {start}, "
         f"{'the default base model' if trained else 'random weights'}, {device}, {torch.get_num_threads()} threads.\n"
-        "Pass 1, as in a rollout: a token at a time, behind a cache. Pass 2, as in training: all tokens at once.\n\n"
+        "Pass 1, as in a rollout: the prompts, then a token at a time behind a cache. Pass 2, as in training: all at once.\n\n"
         "differ   share of the operator's numbers whose bits differ, in FP32, before rounding to the format\n"
         "rounded  the same after rounding: what the next operator gets\n"
         "size     of the differences after rounding (root mean square, relative to the numbers')\n"
