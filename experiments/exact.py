@@ -63,14 +63,11 @@ def run(name, mode, seed, threads, flags, folder):
             child.wait()
             peak = float("nan")
     out = dict(mode=mode, seed=seed, threads=threads, command=command, code=code, wall=time.time() - begin, peak_mib=peak)
-    if child.returncode not in (0, 1):
-        print(f"{mode}, seed {seed} failed: {(path / 'log.txt').read_text(encoding='utf-8')[-400:]}", flush=True)
+    metrics = path / "run" / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.exists() else []
+    if child.returncode not in (0, 1) or not rows or "result" not in rows[-1]:
         out["failed"] = (path / "log.txt").read_text(encoding="utf-8").strip().splitlines()[-1:]
-        return out
-    rows = [json.loads(line) for line in (path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    if "result" not in rows[-1]:                               # exit status 1: a FAIL, or one line on why it stopped
-        out["failed"] = (path / "log.txt").read_text(encoding="utf-8").strip().splitlines()[-1:]
-        print(f"{mode}, seed {seed} failed: {out['failed']}", flush=True)
+        print(f"{mode}, seed {seed} failed: {' '.join(out['failed'])}", flush=True)
         return out
     steps = [r for r in rows if "step" in r]
     out |= dict(
@@ -162,8 +159,10 @@ def draw(records, path):
             right.plot([], [], label=f"{mode}: 0 on every step", **style)
     left.set(title=f"sampled accuracy, mean and range of {len(rs)} seeds", xlabel="RL step", ylabel="share right", ylim=(0, 1.02))
     right.set(title="KL(rollout || train) per token, median", xlabel="RL step", ylabel="nats", yscale="log")
-    for ax in (left, right):
-        ax.legend(fontsize=8)
+    low, high = right.get_ylim()
+    right.set_ylim(low / 1e4, high)                              # room for the legend
+    left.legend(fontsize=8, loc="lower right")
+    right.legend(fontsize=8, loc="lower center", ncols=3)
     fig.savefig(path, dpi=120)
     print(path)
 
@@ -187,7 +186,7 @@ def main(argv=None):
     folder = ROOT / "out" / ("exact-quick" if a.quick else "exact")
     out = pathlib.Path(a.out or (folder if a.quick else ROOT / "results"))
     out.mkdir(parents=True, exist_ok=True)
-    about = dict(command="python -m experiments.exact " + " ".join(argv if argv is not None else sys.argv[1:]), flags=flags,
+    about = dict(command=" ".join(["python -m experiments.exact", *(sys.argv[1:] if argv is None else argv)]), flags=flags,
                  workers=a.workers)
     if a.check:
         modes = [f"{f} exact" for f in a.formats or ("fp32", "bf16", "fp16")]
