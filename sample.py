@@ -243,6 +243,11 @@ def peak_memory(device):
     """Peak memory of this process on the device, MiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    try:                                                # getrusage would count what the parent had when it started this process
+        with open("/proc/self/status") as f:
+            return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) / 2 ** 10
+    except (OSError, StopIteration):
+        pass
     try:
         import resource
     except ImportError:                                                                      # not on Windows

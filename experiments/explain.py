@@ -199,7 +199,7 @@ def main():
             f"{g['logp_gap_mean']:10.1e} {g['logp_gap_max']:10.1e} {g['kl_k3']:10.1e} {g['exact_share']:10.1%} "
             for g in (gaps[fmt, False], gaps[fmt, True])))
     print("\nWhy: a library picks its product, and with it an order of summation, by the shape of the call, and addition of\n"
-          "rounded numbers is not associative. In FP32 nearly every number then differs a little. Rounding to a format hides\n"
+          "rounded numbers is not associative. In FP32 most numbers then differ a little. Rounding to a format hides\n"
           "most of that, and now and then, where a sum lies close to a border between two of the format's numbers, makes a\n"
           "jump of it: rare and wide with 7 mantissa bits, more often and 8 times smaller with 10. From the first jump on,\n"
           "whatever depends on that number differs too. Exact mode gives every product one shape, every sum one order, and\n"
