@@ -70,13 +70,14 @@ def run(name, mode, seed, threads, flags, folder):
         print(f"{mode}, seed {seed} failed: {' '.join(out['failed'])}", flush=True)
         return out
     steps = [r for r in rows if "step" in r]
+
+    def of(key):
+        return [float(m[key]) for m in steps]                 # what is not finite was written as a string
     out |= dict(
-        torch=rows[0]["torch"], **rows[-1]["result"], steps=len(steps),
-        tokens=sum(m["tokens"] for m in steps), exact_share_min=min(m["exact_share"] for m in steps),
-        gap_max=max(m["logp_gap_max"] for m in steps), gap_mean=float(np.mean([m["logp_gap_mean"] for m in steps])),
-        kl_k3=float(np.mean([m["kl_k3"] for m in steps])),
-        step_seconds=float(np.median([m["t_rollout"] + m["t_train"] for m in steps])),
-        curve=[m["accuracy"] for m in steps], kl_curve=[m["kl_k3"] for m in steps])
+        torch=rows[0]["torch"], **rows[-1]["result"], steps=len(steps), tokens=sum(m["tokens"] for m in steps),
+        exact_share_min=min(of("exact_share")), gap_max=max(of("logp_gap_max")), gap_mean=float(np.mean(of("logp_gap_mean"))),
+        kl_k3=float(np.mean(of("kl_k3"))), step_seconds=float(np.median(np.add(of("t_rollout"), of("t_train")))),
+        curve=of("accuracy"), kl_curve=of("kl_k3"))
     record.write_text(json.dumps(out), encoding="utf-8")
     return out
 
