@@ -333,12 +333,13 @@ class ExactNumerics(Numerics):
     measures exact_share on every step. Source: the causes are those of He et al., "Defeating Nondeterminism in LLM Inference"
     (2025)."""
 
-    exact = True
+    exact, slab = True, 64
 
     def __init__(self, fmt, device="cpu"):
         super().__init__(fmt, device)
         self.operators = "exact"
-        self.slab = 64 if self.device.type == "cpu" else 512
+        if self.device.type == "cuda":
+            self.slab = 512
 
     def attention(self, q, k, v, mask=None):
         assert mask is not None or q.shape[2] in (1, k.shape[2])

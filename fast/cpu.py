@@ -149,9 +149,11 @@ class CPUNumerics(Numerics):
     exact: as precision.ExactNumerics. Every function of cpu.c adds up in an order that does not depend on the number of rows or
     of positions, but for `decode`, attention of one query, whose order is another than that of `attention`. So it is left out."""
 
+    slab = precision.ExactNumerics.slab                                # for heads that are left to torch's operators
+
     def __init__(self, fmt, library, exact=False):
         super().__init__(fmt, "cpu")
-        self.exact, self.slab = exact, 64
+        self.exact = exact
         self.operators = "compiled exact" if exact else "compiled"
         self.lib, self.c_format, self.lanes = library, _c_format(self.fmt), library.panel_width()
         self._packed = {}                                               # (master, for the way back?) -> panels
