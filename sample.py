@@ -10,6 +10,7 @@ log-prob of every token as it was sampled, from the very distribution it was sam
 numbers and never with recomputed ones. Left out: top-k and top-p. Training would have to mirror them exactly.
 """
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -63,6 +64,20 @@ class Rollout:
         """(R, T) bool: the tokens that were sampled, stop token included. Prompt and padding are False."""
         at = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         return (at >= self.prompt_length[:, None]) & (at < self.length[:, None])
+
+    def rows(self, index):
+        """The answers `index` (int64 tensor) alone."""
+        return Rollout(*(getattr(self, f.name)[index] for f in dataclasses.fields(self)))
+
+    @staticmethod
+    def join(parts, pad):
+        """Several batches of answers as one."""
+        width = max(p.tokens.shape[1] for p in parts)
+
+        def wide(x, value):
+            return torch.nn.functional.pad(x, (0, width - x.shape[1]), value=value)
+        return Rollout(torch.cat([wide(p.tokens, pad) for p in parts]), torch.cat([wide(p.logp, 0.0) for p in parts]),
+                       *(torch.cat([getattr(p, k) for p in parts]) for k in ("prompt_length", "length", "stopped")))
 
     def texts(self):
         tokens, start, end = self.tokens.tolist(), self.prompt_length.tolist(), self.length.tolist()

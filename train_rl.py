@@ -17,10 +17,12 @@ One step, top to bottom in `train` below:
     -> policy loss -> scaled backward -> unscale, clip, step -> weights rounded again, in place -> one metrics line
 
 Names: P prompts, G answers per prompt, R = P * G answers, N answer tokens of a batch. mu is the policy that acted
-(`logp_rollout`), pi the policy that learns (`logp_train`). Left out: a critic, a reference model, a Trainer class.
+(`logp_rollout`), pi the policy that learns (`logp_train`). What differs between GRPO, GSPO, DAPO and the rest is in
+algorithms.py. Left out: a critic, a Trainer class.
 """
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -35,12 +37,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from algorithms import ALGORITHMS, CORRECTIONS, overlong, policy_loss
 from data import TASKS, Problem, draw_problems, load_problems, make_task, stream
-from data.base import clock, get_base, gpt_config
+from data.base import clock, find_base, get_base, gpt_config
 from fast import library, numerics
 from model import GPT, KVCache, load_checkpoint, load_model, save_checkpoint
 from precision import InputError, banner, make_scaler, mismatch, parse_format, pick_device, reproducible
-from sample import Parser, Rollout, Sampler, encode, number, run_main, solve
+from sample import PAD, Parser, Rollout, Sampler, encode, number, run_main, solve
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings: a field a line, and each is a flag
@@ -82,15 +85,22 @@ class Config:
     steps: int = opt(80, "RL steps", 1, 10 ** 7)
     prompts: int = opt(64, "P, problems a step", 1, 10 ** 5)
     group: int = opt(8, "G, answers per problem; their mean reward is the baseline", 2, 4096)
-    algo: str = opt(
-        "dr-grpo",
-        "dr-grpo: A = r - group mean; grpo: also / std, mean over each answer; reinforce: no ratio, no clip",
-        choices=("dr-grpo", "grpo", "reinforce"),
-    )
+    algo: str = opt("dr-grpo", "; ".join(f"{k}: {a.about}" for k, a in ALGORITHMS.items()), choices=tuple(ALGORITHMS))
+    old_policy: str = opt("rollout", "what the ratio compares pi with: rollout, the recorded mu; recomputed, pi before the "
+                          "batch's first update, which hides the mismatch unless a correction brings it back",
+                          choices=("rollout", "recomputed"))
+    correction: str = opt("none", "weight pi/mu for what mu sampled, of a token or an answer: -is as it is, -tis truncated, -mis "
+                          "rejected outside a band", choices=("none", *CORRECTIONS))
+    correction_low: float = opt(-1.0, "lower end of its band (-1: the correction's own)", -1.0, math.inf)
+    correction_high: float = opt(-1.0, "its cap, or upper end of its band (-1: the correction's own)", -1.0, math.inf)
+    updates_per_batch: int = opt(1, "updates from one rollout, each with its share of the prompts (the paper: 4)", 1, 10 ** 4)
+    kl_beta: float = opt(0.0, "weight of KL[pi || base model] (k3) in the loss; the paper: 0", 0.0, 1e6)
+    dynamic_sampling: int = opt(1, "rollouts a step at most, to replace groups that agree; 1: they stay", 1, 100)
+    overlong: int = opt(0, "tokens before the longest answer in which the reward falls to -1", 0, 10 ** 6)
     lr: float = opt(6e-4, "peak learning rate", 0.0, 1.0)
     lr_warmup: int = opt(6, "updates of linear rise; Adam's first updates move every weight by the learning rate", 0, 10 ** 6)
     lr_schedule: str = opt("linear", "linear falls to 0 at the last step, constant stays", choices=("linear", "constant"))
-    clip_low: float = opt(0.2, "the ratio pi/mu counts down to 1 - this", 0.0, 1.0)
+    clip_low: float = opt(0.2, "the ratio counts down to 1 - this", 0.0, 1.0)
     clip_high: float = opt(0.2, "... and up to 1 + this", 0.0, 100.0)
     temperature: float = opt(1.0, "divides the logits, in sampling and in training", 0.01, 100.0)
     grad_clip: float = opt(1.0, "largest norm of the whole gradient", 0.0, 1e9)
@@ -131,12 +141,14 @@ GPU = dict(digits=20, noise=0.025, n_layers=8, width=512, n_heads=8, n_kv_heads=
 
 # A verdict is given for the test as it stands. These settings may differ: they say how and where it runs, not what it asks.
 FREE = set("""preset device seed base_seed out resume precision rollout_precision train_precision exact init_scale algo
-              micro_batch rollout_rows fast save_every sample_every plot plan bench""".split())
+              old_policy correction correction_low correction_high updates_per_batch kl_beta dynamic_sampling overlong
+              clip_low clip_high micro_batch rollout_rows fast save_every sample_every plot plan bench""".split())
 
 
 # What a resumed run may be told anew. A model's shape is compared with the checkpoint's and refused there, with both numbers.
-CAN_CHANGE_ON_RESUME = set("""resume device steps precision rollout_precision train_precision exact algo lr lr_warmup
-    lr_schedule clip_low clip_high grad_clip micro_batch rollout_rows fast eval_tries save_every sample_every plot plan bench
+CAN_CHANGE_ON_RESUME = set("""resume device steps precision rollout_precision train_precision exact algo old_policy
+    correction correction_low correction_high updates_per_batch dynamic_sampling overlong lr lr_warmup lr_schedule
+    clip_low clip_high grad_clip micro_batch rollout_rows fast eval_tries save_every sample_every plot plan bench
     n_layers width n_heads n_kv_heads mlp_width""".split())
 
 
@@ -157,7 +169,8 @@ def parse_config(argv=None):
     device = pick_device(given.get("device", "auto"))
     preset = given.get("preset", "auto")
     use_gpu = preset == "gpu" or (preset == "auto" and device.type == "cuda")
-    cfg = Config(**{**(GPU if use_gpu else {}), **given, "preset": "gpu" if use_gpu else "cpu"})
+    algorithm = ALGORITHMS[given.get("algo", Config.algo)].settings
+    cfg = Config(**{**(GPU if use_gpu else {}), **algorithm, **given, "preset": "gpu" if use_gpu else "cpu"})
     return check(cfg), given
 
 
@@ -167,6 +180,11 @@ def check(cfg):
         parse_format(name)
     if cfg.exact and parse_format(cfg.rollout_format) != parse_format(cfg.train_format):
         raise InputError(f"--exact needs one format on both sides, not {cfg.rollout_format} and {cfg.train_format}")
+    if cfg.correction not in ("none", "geometric") and ALGORITHMS[cfg.algo].has_ratio and cfg.old_policy == "rollout":
+        raise InputError(f"--correction {cfg.correction}: the ratio of --algo {cfg.algo} against the rollout holds the mismatch "
+                         "already, and a weight would count it twice; add --old-policy recomputed")
+    if cfg.prompts % cfg.updates_per_batch:
+        raise InputError(f"--prompts {cfg.prompts} must be a multiple of --updates-per-batch {cfg.updates_per_batch}")
     if cfg.keep_from > cfg.keep_to:
         raise InputError(f"--keep-from {cfg.keep_from} is above --keep-to {cfg.keep_to}: no problem can be kept")
     if cfg.width % cfg.n_heads or cfg.width // cfg.n_heads % 2:
@@ -177,51 +195,14 @@ def check(cfg):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The mathematics
-
-
-def advantages(rewards, algo):
-    """How much better each answer is than its group. rewards (P, G) FP32 -> (P, G).
-
-    dr-grpo    r - mean over the group (Liu et al. 2025, "Understanding R1-Zero-like training")
-    grpo       (r - mean) / (std + 1e-8), std of the population (Shao et al. 2024, eq. 3)
-    reinforce  r - mean over the batch (Williams 1992, with a baseline)
-    Example: [[1, 1, 0, 0]] -> dr-grpo [[.5, .5, -.5, -.5]], grpo [[1, 1, -1, -1]]. A group that agrees gets zeros."""
-    if algo == "reinforce":
-        return rewards - rewards.mean()
-    a = rewards - rewards.mean(1, keepdim=True)
-    return a / (rewards.std(1, correction=0, keepdim=True) + 1e-8) if algo == "grpo" else a
-
-
-def policy_loss(logp, logp_rollout, advantage, algo, clip_low, clip_high):
-    """Loss of each token; all (N,). `logp` is pi under gradient, `logp_rollout` mu as recorded while sampling.
-
-    The ratio is pi / mu, against the policy that truly acted, mismatch included. Recomputing mu with the training code would
-    make it 1 and hide the mismatch without curing it. PPO's pessimistic bound (Schulman et al. 2017, eq. 7):
-    max(-A ratio, -A clip(ratio, 1 - clip_low, 1 + clip_high)). reinforce: -A log pi."""
-    if algo == "reinforce":
-        return -advantage * logp
-    ratio = torch.exp((logp - logp_rollout).clamp(-20, 20))
-    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_low, 1 + clip_high))
-
-
-def token_weights(lengths, algo, max_length):
-    """What one token counts in the batch's loss, an answer each: lengths (R,) -> (R,). The losses times these, summed.
-
-    grpo divides by the answer's own length, so that long wrong answers are punished less per token; the others divide by a
-    constant, the longest possible answer, which has no such bias (Liu et al. 2025)."""
-    per_answer = lengths.float() if algo == "grpo" else torch.full_like(lengths, max_length, dtype=torch.float32)
-    return 1 / (per_answer * len(lengths))
+# One step
 
 
 def learning_rate(cfg, updates):
     """Counted in updates: a step that the loss scaler skips must not use up the warm-up."""
     rise = min(1.0, (updates + 1) / (cfg.lr_warmup + 1))
-    return cfg.lr * min(rise, 1 - updates / cfg.steps if cfg.lr_schedule == "linear" else 1.0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One step
+    total = cfg.steps * cfg.updates_per_batch
+    return cfg.lr * min(rise, 1 - updates / total if cfg.lr_schedule == "linear" else 1.0)
 
 
 def collect(sampler, task, problems, cfg, seed):
@@ -237,34 +218,85 @@ def collect(sampler, task, problems, cfg, seed):
     return rollout, texts, torch.tensor(rewards).view(-1, cfg.group)
 
 
-def accumulate_gradient(model, rollout, advantage, cfg, scaler, max_length):
-    """Forward and backward over the batch, in micro-batches of answers of like length. advantage (R,).
+def collect_step(sampler, task, problems, drawn, cfg, step):
+    """One step's answers: P problems from place `drawn` on, G answers each -> (Rollout, texts, problems, rewards, seen, drawn).
 
-    Returns the loss (a number), and logp_train and entropy as (R, T) with zeros off the answers. Answers without advantage
-    have no gradient: they go forward only, for the metrics."""
+    With dynamic sampling (DAPO: Yu et al. 2025, section 3.2) groups that agree are replaced by those of the next P problems, up
+    to cfg.dynamic_sampling rollouts; what is still missing then is filled with groups that agree. rewards (P, G) belong to the
+    answers that are returned; `seen` has those of every answer of the step, for an accuracy that no choice has touched."""
+    parts, seen = [], []
+    for again in range(cfg.dynamic_sampling):
+        batch = batch_of(problems, drawn, cfg)
+        drawn += cfg.prompts
+        parts.append((batch, *collect(sampler, task, batch, cfg, (cfg.seed, 7, step, again) if again else (cfg.seed, 7, step))))
+        seen.append(parts[-1][-1])
+        if sum(int((r.std(1, correction=0) > 0).sum()) for r in seen) >= cfg.prompts:
+            break
+    batches, rollouts, texts, _ = zip(*parts)
+    if len(parts) == 1:
+        return rollouts[0], texts[0], batches[0], seen[0], seen[0], drawn
+    seen, texts, batch = torch.cat(seen), sum(texts, []), sum(batches, [])
+    groups = torch.argsort((seen.std(1, correction=0) == 0).int(), stable=True)[:cfg.prompts]          # those with signal first
+    rows = (groups[:, None] * cfg.group + torch.arange(cfg.group)).flatten()
+    rollout = Rollout.join(rollouts, PAD).rows(rows.to(sampler.model.embedding.device))
+    return rollout, [texts[i] for i in rows.tolist()], [batch[g] for g in groups.tolist()], seen[groups], seen, drawn
+
+
+def micro_batches(rollout, rows, size):
+    """Answers of like length together: -> (their rows, the length of the longest), `size` of `rows` (indices) at a time."""
+    rows = rows[torch.argsort(rollout.length[rows], stable=True)]
+    for i in range(0, len(rows), size):
+        part = rows[i:i + size]
+        yield part, int(rollout.length[part[-1]])
+
+
+@torch.no_grad()
+def score(model, rollout, cfg):
+    """Log-probs of all answers under this model as it is, (R, T), zeros off the answers: pi_old, or the reference."""
+    out, answer = torch.zeros_like(rollout.logp), rollout.is_answer
+    for part, end in micro_batches(rollout, torch.arange(len(out), device=out.device), cfg.micro_batch):
+        where = answer[part, :end]
+        out[part, :end] = torch.zeros_like(out[part, :end]).masked_scatter(
+            where, model.token_logprobs(rollout.tokens[part, :end], where, cfg.temperature)[0])
+    return out
+
+
+def accumulate_gradient(model, rollout, advantage, cfg, scaler, room, rows=None, logp_old=None, logp_ref=None):
+    """Forward and backward over the answers `rows` (indices, default all), in micro-batches. advantage (R,); logp_old, logp_ref:
+    (R, T) where the algorithm needs them; room: the longest answer possible, tokens.
+
+    Returns the loss (a number), logp_train and entropy as (R, T) with zeros off the answers, and sums for the metrics. Answers
+    without advantage have no gradient, but that of a KL penalty: they go forward only, for the metrics."""
+    algorithm = ALGORITHMS[cfg.algo]
     logp_train, entropy = torch.zeros_like(rollout.logp), torch.zeros_like(rollout.logp)
-    answer, lengths = rollout.is_answer, rollout.length - rollout.prompt_length
-    weight = token_weights(lengths, cfg.algo, max_length)
-    order = torch.argsort(rollout.length, stable=True)
-    has_signal = advantage[order] != 0
-    total = 0.0
-    for learn, rows in ((True, order[has_signal]), (False, order[~has_signal])):
-        for i in range(0, len(rows), cfg.micro_batch):
-            part = rows[i:i + cfg.micro_batch]
-            end = int(rollout.length[part[-1]])
+    answer = rollout.is_answer
+    rows = torch.arange(len(answer), device=answer.device) if rows is None else rows
+    if cfg.old_policy == "rollout" and logp_old is None:
+        logp_old = rollout.logp
+    planned = float(algorithm.average(answer[rows], room)[1].sum())       # what the sum is divided by, if nothing is rejected
+    has_signal = (advantage[rows] != 0) | (cfg.kl_beta > 0)
+    total, kept, stats = 0.0, 0.0, {}
+    for learn, some in ((True, rows[has_signal]), (False, rows[~has_signal])):
+        for part, end in micro_batches(rollout, some, cfg.micro_batch):
             tokens, where = rollout.tokens[part, :end], answer[part, :end]
             with torch.set_grad_enabled(learn):
-                logp, ent = model.token_logprobs(tokens, where, cfg.temperature)
+                flat, ent = model.token_logprobs(tokens, where, cfg.temperature)
+                logp = torch.zeros(where.shape, device=flat.device).masked_scatter(where, flat)            # (r, end)
+                old, mu, ref = (None if x is None else x[part, :end] for x in (logp_old, rollout.logp, logp_ref))
+                loss, units, sums = policy_loss(algorithm, cfg, logp, old, mu, advantage[part], where, room, ref)
             if learn:
-                per_row = where.sum(1)
-                a, w = (torch.repeat_interleave(x[part], per_row) for x in (advantage, weight))
-                loss = (policy_loss(logp, rollout.logp[part, :end][where], a, cfg.algo, cfg.clip_low, cfg.clip_high) * w).sum()
                 with reproducible(advantage.device):
-                    scaler.scale(loss).backward()
+                    scaler.scale(loss / planned).backward()
                 total += loss.item()
-            flat = part[:, None].expand_as(where)[where], where.nonzero()[:, 1]
-            logp_train[flat], entropy[flat] = logp.detach(), ent
-    return total, logp_train, entropy
+            kept += float(units)
+            stats = {k: stats.get(k, 0.0) + float(v) for k, v in sums.items()}
+            logp_train[part, :end] = logp.detach()
+            entropy[part, :end] = torch.zeros_like(logp_train[part, :end]).masked_scatter(where, ent)
+    if kept not in (planned, 0.0):                                        # only now is it known how much the correction rejected
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad *= planned / kept
+    return total / (kept or planned), logp_train, entropy, stats
 
 
 def apply_gradient(model, optimizer, scaler, cfg, lr):
@@ -283,8 +315,9 @@ def apply_gradient(model, optimizer, scaler, cfg, lr):
     return norm.item(), scaler.get_scale() < before
 
 
-def first_bad_layer(model, rollout, advantage, cfg, scaler, max_length):
-    """Do the step once more and look at everything that is computed: where, in order, inf or NaN first shows up, in words."""
+def first_bad_layer(model, *batch):
+    """Do the update once more (batch: what accumulate_gradient got) and look at everything that is computed: where, in order,
+    inf or NaN first shows up, in words."""
     fmt = model.num.fmt
     for name, p in model.named_parameters():
         if not torch.isfinite(model.num.weight(p)).all():
@@ -299,7 +332,7 @@ def first_bad_layer(model, rollout, advantage, cfg, scaler, max_length):
             largest[:] = max(largest, [float(x.abs().max()), where])
     model.num.spy = spy
     try:
-        loss, _, _ = accumulate_gradient(model, rollout, advantage, cfg, scaler, max_length)
+        loss, *_ = accumulate_gradient(model, *batch)
     finally:
         model.num.spy = None
         model.zero_grad(set_to_none=True)
@@ -392,8 +425,22 @@ def provenance(cfg, device):
     )
 
 
-def perfectible(sampler, task, pool, cfg, say):
-    """The problems of the pool that the base model solves in keep_from to keep_to of its tries (paper: 20 % to 80 % of 40)."""
+def perfectible(model, task, pool, cfg, say):
+    """The problems of the pool that the base model solves in keep_from to keep_to of its tries (paper: 20 % to 80 % of 40).
+
+    It answers in the format that it was made in, so that the set is a property of the base and the same for every --precision.
+    How often each problem was solved is kept beside the base."""
+    if cfg.keep_from <= 0 and cfg.keep_to >= 1:
+        say(f"all {len(pool)} problems are kept")
+        return pool
+    device = model.embedding.device
+    _, path, base = find_base(cfg, device, say)
+    key = json.dumps([base, cfg.tries, cfg.temperature, cfg.rollout_rows, cfg.seed, [dataclasses.astuple(p) for p in pool]])
+    path = path.with_name(f"solved-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json")
+    try:
+        right = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        right = []
     begin, shown = time.time(), [0]
 
     def progress(share):
@@ -402,9 +449,13 @@ def perfectible(sampler, task, pool, cfg, say):
             spent = time.time() - begin
             say(f"  choosing {share:4.0%}  {clock(spent)} spent, {clock(spent / share * (1 - share))} to go")
 
-    right = solve(
-        sampler, task, pool, cfg.tries, (cfg.seed, 2), temperature=cfg.temperature, rows=cfg.rollout_rows, progress=progress
-    )
+    if len(right) != len(pool):
+        model.use(numerics(cfg.base_precision, device, cfg.fast).hold(model.parameters()))
+        right = solve(Sampler(model, fast=cfg.fast), task, pool, cfg.tries, (cfg.seed, 2), temperature=cfg.temperature,
+                      rows=cfg.rollout_rows, progress=progress)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        partial.write_text(json.dumps(right), encoding="utf-8")
+        os.replace(partial, path)
     kept = [p for p, r in zip(pool, right) if cfg.keep_from <= r / cfg.tries <= cfg.keep_to]
     say(
         f"perfectible set: kept {len(kept)} of {len(pool)} problems, those right in {cfg.keep_from:.0%} to {cfg.keep_to:.0%} "
@@ -458,7 +509,7 @@ def self_test(model, sampler, task, problems, cfg, scaler, num):
     with a gradient and without one. Returns the number of tokens compared; leaves everything as it was."""
     rollout, _, _ = collect(sampler, task, batch_of(problems, 0, cfg), cfg, (cfg.seed, 12))
     half = (torch.arange(len(rollout.length), device=num.device) % 2).float()
-    _, logp_train, _ = accumulate_gradient(model.use(num), rollout, half, cfg, scaler, task.answer_length)
+    _, logp_train, *_ = accumulate_gradient(model.use(num), rollout, half, cfg, scaler, task.answer_length)
     model.zero_grad(set_to_none=True)
     differ = (logp_train != rollout.logp) & rollout.is_answer & torch.isfinite(rollout.logp)      # the loop stops what is not
     if differ.any():
@@ -476,10 +527,10 @@ def not_exact(model, rollout, differ, advice):
                       f"got other bits in training than in the rollout. First difference: {where}. {advice}")
 
 
-def batch_of(problems, step, cfg):
-    """The P problems of this step: epochs over the set, each in an order of its own that follows from the seed."""
+def batch_of(problems, drawn, cfg):
+    """P problems from place `drawn` on: epochs over the set, each in an order of its own that follows from the seed."""
     out = []
-    for i in range(step * cfg.prompts, (step + 1) * cfg.prompts):
+    for i in range(drawn, drawn + cfg.prompts):
         epoch, at = divmod(i, len(problems))
         if at == 0 or not out:
             order = stream(cfg.seed, 3, epoch).permutation(len(problems))
@@ -517,7 +568,9 @@ def step_line(m, cfg, eta):
     return (f"step {m['step']:4}/{cfg.steps} | acc {m['accuracy']:.3f} len {m['length']:5.1f} ent {m['entropy']:.3f} "
             f"flat {m['frac_zero_std']:4.0%} | gap {m['logp_gap_mean']:.1e} max {m['logp_gap_max']:.1e} kl {m['kl_k3']:.1e} "
             f"exact {math.floor(1000 * m['exact_share']) / 1000:.3f} | "
-            f"loss {m['loss']:+.4f} |g| {m['grad_norm']:8.2e} scale {m['loss_scale']:.0f} lr {m['lr']:.1e} | "
+            + (f"weight {m['weight_mean']:.3f} kept {m['kept_share']:.3f} | " if cfg.correction != "none" else "")
+            + (f"kl to base {m['kl_reference']:.1e} | " if cfg.kl_beta else "") +
+                        f"loss {m['loss']:+.4f} |g| {m['grad_norm']:8.2e} scale {m['loss_scale']:.0f} lr {m['lr']:.1e} | "
             f"{m['t_rollout']:.2f}+{m['t_train']:.2f} s {m['tokens_per_s']:6.0f} tok/s | eta {clock(eta)}")
 
 
@@ -556,6 +609,11 @@ def train(cfg, given, run):
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2), eps=cfg.adam_eps,
                                   weight_decay=0.0, fused=True)
     sampler = Sampler(model.use(rollout_num), fast=cfg.fast)
+    reference = None
+    if cfg.kl_beta:                                                     # the policy as it was before RL, in the training's format
+        reference = GPT(model.cfg, device)
+        reference.load_state_dict(resumed["reference"] if resumed else model.state_dict())
+        reference.use(numerics(cfg.train_format, device, cfg.fast, cfg.exact).hold(reference.parameters()))
 
     if cfg.exact:
         problems = [Problem(*p) for p in resumed["problems"]] if resumed else pool
@@ -570,7 +628,7 @@ def train(cfg, given, run):
         return sum(right) / (len(problems) * cfg.eval_tries)
     if resumed:
         problems, heldout = ([Problem(*p) for p in resumed[k]] for k in ("problems", "heldout"))
-        start, updates, skipped, before = (resumed[k] for k in ("step", "updates", "skipped", "before"))
+        start, updates, skipped, before, drawn = (resumed[k] for k in ("step", "updates", "skipped", "before", "drawn"))
         if start > cfg.steps:
             raise InputError(f"{run.path} has done {start} steps, more than --steps {cfg.steps}")
         try:
@@ -586,8 +644,8 @@ def train(cfg, given, run):
         run.log(run.metrics, dict(resumed_at=start, given={k: v for k, v in given.items() if k != "resume"}))
         say(f"resumed {run.path} at step {start}")
     else:
-        problems = perfectible(sampler, task, pool, cfg, say)
-        start, updates, skipped = 0, 0, 0
+        problems = perfectible(model, task, pool, cfg, say)
+        start, updates, skipped, drawn = 0, 0, 0, 0
         before = pass_at_1(heldout, 6) if heldout else None
         run.log(run.metrics, provenance(cfg, device))
     say(
@@ -597,8 +655,8 @@ def train(cfg, given, run):
 
     def save(step):
         save_checkpoint(run.checkpoint, model, config=dataclasses.asdict(cfg), changed=changed, step=step, updates=updates,
-                        skipped=skipped, before=before, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                        torch_rng=torch.get_rng_state(),
+                        drawn=drawn, skipped=skipped, before=before, reference=reference and reference.state_dict(),
+                        optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), torch_rng=torch.get_rng_state(),
                         cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
                         problems=[dataclasses.astuple(p) for p in problems], heldout=[dataclasses.astuple(p) for p in heldout])
 
@@ -617,43 +675,59 @@ def train(cfg, given, run):
         # --- rollout: the policy acts, in the rollout's format
         t0 = time.time()
         model.use(rollout_num)
-        batch = batch_of(problems, step - 1, cfg)
-        rollout, texts, rewards = collect(sampler, task, batch, cfg, (cfg.seed, 7, step))
+        rollout, texts, batch, rewards, seen, drawn = collect_step(sampler, task, problems, drawn, cfg, step)
         t1 = time.time()
 
         # --- training: the same forward, over whole sequences, in the training's format
         model.use(train_num)
-        advantage = advantages(rewards, cfg.algo).flatten().to(device)
-        loss, logp_train, entropy = accumulate_gradient(model, rollout, advantage, cfg, scaler, task.answer_length)
-        where = rollout.is_answer
-        lengths = rollout.length - rollout.prompt_length
-        mu, pi = rollout.logp[where], logp_train[where]
-        again = model, rollout, advantage, cfg, scaler, task.answer_length      # for first_bad_layer, should it come to that
-        if not (torch.isfinite(mu).all() and torch.isfinite(pi).all()):
-            model.use(train_num if torch.isfinite(mu).all() else rollout_num)
-            raise broken(run, "log-probs are no longer finite", first_bad_layer(*again))
-        gaps = mismatch(mu, pi, lengths)  # before the update: this is the mismatch and nothing else
-        if cfg.exact and gaps["exact_share"] < 1:
-            raise not_exact(model, rollout, where & (rollout.logp != logp_train),
-                            f"Stopped at step {step}; go on without it: --resume {run.path} --no-exact")
-        lr = learning_rate(cfg, updates)
-        norm, skip = apply_gradient(model, optimizer, scaler, cfg, lr)
-        updates, skipped = updates + (not skip), skipped + skip
-        if not skip:
-            for num in {rollout_num, train_num}:
-                num.refresh()                                           # once per update, in place, for both sides
-        if (not scaler.is_enabled() and not math.isfinite(norm)) or (scaler.is_enabled() and scaler.get_scale() < 1):
-            raise broken(run, "gradients are no longer finite" if not scaler.is_enabled() else "the loss scale fell below 1",
-                         first_bad_layer(*again))
+        where, lengths = rollout.is_answer, rollout.length - rollout.prompt_length
+        shaped = rewards.to(device).flatten() + overlong(lengths, task.answer_length, cfg.overlong)
+        advantage = ALGORITHMS[cfg.algo].advantage(shaped.view(-1, cfg.group)).flatten()
+        # pi_old is recomputed if the policy is about to move under it; before the first update it is pi, and costs nothing
+        logp_old = score(model, rollout, cfg) if cfg.old_policy == "recomputed" and cfg.updates_per_batch > 1 else None
+        logp_ref = score(reference, rollout, cfg) if reference else None
+        losses, norms, sums, entropy = [], [], {}, torch.zeros_like(rollout.logp)
+        for rows in torch.arange(len(lengths), device=device).chunk(cfg.updates_per_batch):      # whole groups
+            update = rollout, advantage, cfg, scaler, task.answer_length, rows, logp_old, logp_ref
+            loss, logp_train, ent, stats = accumulate_gradient(model, *update)
+            here = torch.zeros_like(where)
+            here[rows] = where[rows]
+            mu, pi = rollout.logp[here], logp_train[here]
+            if not (torch.isfinite(mu).all() and torch.isfinite(pi).all()):
+                model.use(train_num if torch.isfinite(mu).all() else rollout_num)
+                raise broken(run, "log-probs are no longer finite", first_bad_layer(model, *update))
+            if not losses:  # before any update: this is the mismatch and nothing else. Later answers have an update between
+                gaps = mismatch(mu, pi, lengths[rows]) if logp_old is None else \
+                    mismatch(rollout.logp[where], logp_old[where], lengths)
+                if cfg.exact and gaps["exact_share"] < 1:
+                    raise not_exact(model, rollout, here & (rollout.logp != logp_train),
+                                    f"Stopped at step {step}; go on without it: --resume {run.path} --no-exact")
+            lr = learning_rate(cfg, updates)
+            norm, skip = apply_gradient(model, optimizer, scaler, cfg, lr)
+            updates, skipped = updates + (not skip), skipped + skip
+            if not skip:
+                for num in {rollout_num, train_num}:
+                    num.refresh()                                       # once per update, in place, for both sides
+            if (not scaler.is_enabled() and not math.isfinite(norm)) or (scaler.is_enabled() and scaler.get_scale() < 1):
+                raise broken(run, "gradients are no longer finite" if not scaler.is_enabled() else "the loss scale fell below 1",
+                             first_bad_layer(model, *update))
+            losses.append(loss)
+            norms.append(norm)
+            entropy += ent
+            sums = {k: sums.get(k, 0.0) + v for k, v in stats.items()}
         t2 = time.time()
         # --- end of the step; everything below is diagnostics
 
-        n = len(mu)
-        m = dict(step=step, reward=rewards.mean().item(), accuracy=(rewards == 1).float().mean().item(), tokens=n,
+        n = int(where.sum())
+        kept = max(1.0, sums["kept"])
+        m = dict(step=step, reward=shaped.mean().item(), accuracy=(seen == 1).float().mean().item(), tokens=n,
                  length=n / len(lengths), truncated=1 - rollout.stopped.float().mean().item(), entropy=(entropy.sum() / n).item(),
-                 frac_zero_std=(rewards.std(1, correction=0) == 0).float().mean().item(), **gaps, loss=loss, grad_norm=norm,
-                 loss_scale=scaler.get_scale(), skipped_steps=skipped, lr=lr, t_rollout=t1 - t0, t_train=t2 - t1,
-                 tokens_per_s=n / (t2 - t0))
+                 frac_zero_std=(seen.std(1, correction=0) == 0).float().mean().item(), **gaps, loss=float(np.mean(losses)),
+                 grad_norm=float(np.mean(norms)), kept_share=sums["kept"] / n, clipped_share=sums["clipped"] / n,
+                 weight_mean=sums["weight"] / kept,
+                 weight_sd=max(0.0, sums["weight2"] / kept - (sums["weight"] / kept) ** 2) ** 0.5,
+                 kl_reference=sums["kl_ref"] / n, loss_scale=scaler.get_scale(), skipped_steps=skipped, lr=lr, t_rollout=t1 - t0,
+                 t_train=t2 - t1, tokens_per_s=n / (t2 - t0))
         history.append(m)
         run.log(run.metrics, {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in m.items()})
         say(step_line(m, cfg, (time.time() - begin) / (step - start) * (cfg.steps - step)))

@@ -7,12 +7,13 @@ import dataclasses
 
 import torch
 
+from algorithms import centred
 from data import draw_problems, make_task, stream
 from data.base import find_base, gpt_config
 from model import GPT
 from precision import Numerics, make_scaler, parse_format
 from sample import Sampler
-from train_rl import Config, accumulate_gradient, advantages, collect
+from train_rl import Config, accumulate_gradient, collect
 
 SHOWN = ("fp32", "tf32", "bf16", "fp16", "e5m2", "e4m3")
 LANDED = SHOWN[2:]                      # fp32 and tf32 have the range of bf16
@@ -50,7 +51,7 @@ def collect_step(scale):
     accumulate_gradient(
         model,
         rollout,
-        advantages(rewards, cfg.algo).flatten(),
+        centred(rewards).flatten(),
         dataclasses.replace(cfg, micro_batch=64),
         scaler,
         task.answer_length,

@@ -50,6 +50,7 @@ def needs(cfg, device):
     gpu = device.type == "cuda"
     native = {f: 2 if gpu and f in ("fp16", "bf16") else 4 for f in (cfg.rollout_format, cfg.train_format)}
     lanes = library()[0].panel_width() if not gpu and cfg.fast and library()[0] else 0
+    reference = (8 if cfg.train_format != "fp32" else 4) * N if cfg.kl_beta else 0
     rounded = sum(0 if f == "fp32" else b * N for f, b in native.items())
     if lanes:                                                         # packed a second time, for each direction that is used
         rounded += 4 * matrices * (2 + (cfg.rollout_format != cfg.train_format))
@@ -67,6 +68,7 @@ def needs(cfg, device):
         passing = max(passing, 3 * 4 * tokens * gpt.n_heads * length)
     return {
         "master weights, FP32": (4 * N, "--n-layers --width --mlp-width"),
+        **({"reference model": (reference, "--kl-beta")} if reference else {}),
         "rounded weights": (rounded, "--n-layers --width --mlp-width"),
         "gradients, FP32": (4 * N, "--n-layers --width --mlp-width"),
         "AdamW's two moments, FP32": (8 * N, "--n-layers --width --mlp-width"),

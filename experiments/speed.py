@@ -24,12 +24,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from algorithms import centred
 from experiments.bench import gemm_peak
 from fast import library, numerics
 from model import GPT, GPTConfig
 from precision import InputError, make_scaler, pick_device
 from sample import Parser, Sampler, peak_memory, ranged, run_main
-from train_rl import Config, accumulate_gradient, advantages, apply_gradient, say
+from train_rl import Config, accumulate_gradient, apply_gradient, say
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ class Own:
         out = self.rollout(seed)
         mark()
         rewards = torch.tensor([float(sum(row) % 2) for row in out.tokens.tolist()])
-        advantage = advantages(rewards.view(-1, 8), "dr-grpo").flatten().to(self.device)
+        advantage = centred(rewards.view(-1, 8)).flatten().to(self.device)
         # no group is skipped for want of a signal: every answer goes forward and back, as in the peer
         advantage = torch.where(advantage == 0, 0.1, advantage)
         mark()
