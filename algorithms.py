@@ -73,7 +73,7 @@ def clipped(logp, logp_old, advantage, mask, low, high):
 
 def sequence_clipped(logp, logp_old, advantage, mask, low, high):
     """`clipped` with one ratio for a whole answer, the geometric mean of its tokens': s = exp(mean_t log(pi / pi_old))
-    (GSPO: Zheng et al. 2025, eq. 14). Written sg(s) pi / sg(pi): the value is s, and each token's gradient is that of its own log-prob."""
+    (GSPO: Zheng et al. 2025, eq. 14). Written sg(s) pi / sg(pi): its value is s, its gradient each token's own."""
     s = ratio_of(mean((logp - logp_old).detach(), mask))
     ratio = s * ratio_of(logp - logp.detach())
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - low, 1 + high))
