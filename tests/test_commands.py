@@ -103,6 +103,11 @@ def test_a_short_run_learns(learns):
         "grad_norm",
         "loss_scale",
         "skipped_steps",
+        "kept_share",
+        "clipped_share",
+        "weight_mean",
+        "weight_sd",
+        "kl_reference",
         "lr",
         "t_rollout",
         "t_train",
@@ -228,7 +233,8 @@ def test_endless_nan_is_an_error(here, whole, monkeypatch, precision, words):
     """A loss that is NaN however small its scale: the scaler halves and halves, and then the run says so. Without a scaler the
     first such gradient ends the run, before it reaches a weight."""
     before = weights(whole[precision])
-    monkeypatch.setattr(train_rl, "policy_loss", lambda logp, *_: logp * math.nan)
+    real = train_rl.policy_loss
+    monkeypatch.setattr(train_rl, "policy_loss", lambda *args: (real(*args)[0] * math.nan, *real(*args)[1:]))
     with pytest.raises(InputError, match=words) as e:
         train_rl.main(["--resume", f"whole-{precision}", "--steps", "60"])
     assert "the loss itself" in str(e.value)

@@ -12,13 +12,14 @@ from test_sample import PROMPTS, stopping_model
 
 import fast
 import train_rl
+from algorithms import centred
 from experiments import exact as twins
 from experiments import explain
 from fast.graph import GraphStep
 from model import KVCache
 from precision import ExactNumerics, InputError, make_scaler, mismatch, tree_sum
 from sample import Sampler
-from train_rl import Config, accumulate_gradient, advantages, parse_config
+from train_rl import Config, accumulate_gradient, parse_config
 
 CASES = int(os.environ.get("TENBIT_CASES", 300))              # results/exact-cases.txt is a longer run
 PAD, STOP = 66, 65
@@ -211,8 +212,8 @@ def test_a_step_is_the_same_every_time(kind):
         model = exact_model("fp16", kind)
         rollout = Sampler(model, stop=STOP, pad=PAD).generate(PROMPTS, 8, 20, seed=3)
         reward = (rollout.length % 2).float().view(len(PROMPTS), 8)
-        a = advantages(reward, "dr-grpo").flatten()
-        loss, logp, _ = accumulate_gradient(model, rollout, a, Config(micro_batch=5), make_scaler(model.num), 20)
+        a = centred(reward).flatten()
+        loss, logp, *_ = accumulate_gradient(model, rollout, a, Config(micro_batch=5), make_scaler(model.num), 20)
         results.append([rollout.tokens, rollout.logp, logp, torch.tensor(loss), *(p.grad for p in model.parameters())])
         assert torch.equal(logp, rollout.logp) and any((p.grad != 0).any() for p in model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(*results))

@@ -8,66 +8,24 @@ from conftest import tiny
 from test_sample import PROMPTS, sampler_of
 
 import train_rl
+from algorithms import ALGORITHMS, policy_loss
 from data import Problem, draw_problems, load_problems, make_task, stream
 from precision import InputError, Numerics, make_scaler
+from sample import Rollout
 from train_rl import (
     Config,
     accumulate_gradient,
-    advantages,
     apply_gradient,
     batch_of,
+    collect_step,
     diagnose,
     first_bad_layer,
     learning_rate,
     parse_config,
-    policy_loss,
-    token_weights,
+    score,
 )
 
-# --- advantages and losses
-
-
-def test_advantages_worked_by_hand():
-    r = torch.tensor([[1.0, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
-    assert torch.allclose(
-        advantages(r, "dr-grpo"), torch.tensor([[0.5, 0.5, -0.5, -0.5], [0, 0, 0, 0], [0.75, -0.25, -0.25, -0.25]])
-    )
-    s = math.sqrt(3) / 4                                                        # population std of 1, 0, 0, 0
-    want = torch.tensor([[1, 1, -1, -1], [0, 0, 0, 0], [0.75 / s, -0.25 / s, -0.25 / s, -0.25 / s]])
-    assert torch.allclose(advantages(r, "grpo"), want, atol=1e-5)
-    assert torch.allclose(advantages(r, "reinforce"), r - 7 / 12)
-
-
-@pytest.mark.parametrize(
-    "ratio, a, want", [(1.0, 2.0, -2.0), (1.5, 1.0, -1.2), (0.5, 1.0, -0.5), (0.5, -1.0, 0.8), (1.5, -1.0, 1.5)]
-)
-def test_clipped_loss_worked_by_hand(ratio, a, want):
-    """Clip 0.2: a gain is capped at ratio 1.2, a loss never; and the other way round below 0.8."""
-    logp = torch.tensor([math.log(ratio) - 3.0])
-    assert policy_loss(logp, torch.tensor([-3.0]), torch.tensor([a]), "dr-grpo", 0.2, 0.2).item() == pytest.approx(
-        want, rel=1e-5
-    )
-
-
-@pytest.mark.parametrize("algo", ["dr-grpo", "grpo", "reinforce"])
-def test_loss_gradient_by_finite_differences(algo):
-    g = torch.Generator().manual_seed(0)
-    mu, a = -torch.rand(30, generator=g).double() - 0.1, torch.randn(30, generator=g).double()
-    pi = (mu + 0.5 * torch.randn(30, generator=g)).requires_grad_()
-    loss = policy_loss(pi, mu, a, algo, 0.2, 0.3).sum()
-    loss.backward()
-    for i in range(30):
-        hi, lo = pi.detach().clone(), pi.detach().clone()
-        hi[i] += 1e-6
-        lo[i] -= 1e-6
-        slope = (policy_loss(hi, mu, a, algo, 0.2, 0.3).sum() - policy_loss(lo, mu, a, algo, 0.2, 0.3).sum()) / 2e-6
-        assert pi.grad[i] == pytest.approx(slope.item(), abs=1e-5)
-
-
-def test_token_weights():
-    n = torch.tensor([2, 5])
-    assert token_weights(n, "dr-grpo", 10).tolist() == pytest.approx([0.05, 0.05])    # 1 / (10 tokens * 2 answers)
-    assert token_weights(n, "grpo", 10).tolist() == pytest.approx([0.25, 0.1])        # each answer weighs 1/2 in all
+# --- the schedule
 
 
 def test_learning_rate_rises_then_falls_to_zero():
@@ -87,6 +45,7 @@ def test_learning_rate_rises_then_falls_to_zero():
     ]
     constant = dataclasses.replace(cfg, lr_schedule="constant")
     assert learning_rate(constant, 9) == 1.0
+    assert learning_rate(dataclasses.replace(cfg, updates_per_batch=4), 20) == 0.5          # of 40 updates
 
 
 # --- the step
@@ -107,29 +66,120 @@ def gradients(model):
     return {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("algo", ["dr-grpo", "grpo", "reinforce"])
+@pytest.mark.parametrize("algo", ALGORITHMS)
 def test_micro_batches_and_skipped_groups_leave_the_gradient_alone(algo):
     """One loss over every token of every answer, written out plainly, against the trainer's micro-batches, which send
-    answers without advantage forward only."""
+    answers without advantage forward only, and learn only with the last one how much the correction rejects."""
     model, out, a = case()
-    where = out.is_answer
-    logp, _ = model.token_logprobs(out.tokens, where)
-    row = torch.arange(16)[:, None].expand_as(where)[where]
-    weight = token_weights(out.length - out.prompt_length, algo, 20)
-    loss = (policy_loss(logp, out.logp[where], a[row], algo, 0.2, 0.2) * weight[row]).sum()
-    loss.backward()
+    out.logp += 0.5 * torch.randn(out.logp.shape, generator=torch.Generator().manual_seed(5)) * out.is_answer     # a mismatch
+    cap = dict(correction_high=1.5) if "mis" in algo else {}
+    cfg = dataclasses.replace(CFG, algo=algo, **{**ALGORITHMS[algo].settings, **cap})
+    where, logp = out.is_answer, torch.zeros_like(out.logp)
+    logp = logp.masked_scatter(where, model.token_logprobs(out.tokens, where)[0])
+    old = out.logp if cfg.old_policy == "rollout" else None
+    total, units, stats = policy_loss(ALGORITHMS[algo], cfg, logp, old, out.logp, a, where, 20)
+    (total / units).backward()
+    assert ("mis" in algo) == bool(stats["kept"] < stats["tokens"])
     want = gradients(model)
     for size in (1, 7, 64):
         model.zero_grad()
-        cfg = dataclasses.replace(CFG, micro_batch=size, algo=algo)
-        total, logp_train, entropy = accumulate_gradient(model, out, a, cfg, make_scaler(model.num), 20)
-        assert total == pytest.approx(loss.item(), abs=1e-6)
-        assert (
-            torch.allclose(logp_train[where], logp.detach(), atol=1e-5) and (logp_train[~where] == 0).all()
-        )  # all rows measured
-        assert (entropy[where] > 0).all()
+        got, logp_train, entropy, sums = accumulate_gradient(
+            model, out, a, dataclasses.replace(cfg, micro_batch=size), make_scaler(model.num), 20)
+        assert got == pytest.approx((total / units).item(), rel=1e-4, abs=1e-6)
+        assert torch.allclose(logp_train[where], logp[where].detach(), atol=1e-5) and (logp_train[~where] == 0).all()
+        assert (entropy[where] > 0).all() and sums == pytest.approx({k: float(v) for k, v in stats.items()}, rel=1e-4)
         for n, g in gradients(model).items():
             assert torch.allclose(g, want[n], atol=1e-6 + 1e-4 * float(want[n].abs().max())), n
+
+
+def test_parts_of_a_batch_add_up():
+    """The gradients of --updates-per-batch's parts, each over its own answers, average to that of the whole batch."""
+    model, out, a = case()
+    accumulate_gradient(model, out, a, CFG, make_scaler(model.num), 20)
+    want = gradients(model)
+    model.zero_grad()
+    seen = torch.zeros_like(out.logp)
+    for rows in torch.arange(16).chunk(4):
+        _, logp, _, sums = accumulate_gradient(model, out, a, CFG, make_scaler(model.num), 20, rows)
+        assert sums["tokens"] == out.is_answer[rows].sum() and (logp[[i for i in range(16) if i not in rows]] == 0).all()
+        seen += logp
+    for n, g in gradients(model).items():
+        assert torch.allclose(g / 4, want[n], atol=1e-6 + 1e-4 * float(want[n].abs().max())), n
+    assert torch.allclose(seen, score(model, out, CFG), atol=1e-6)
+
+
+def test_the_recomputed_policy_is_the_training_forward():
+    """score() before the first update gives, bit for bit, what training computes: the ratio is 1, and nothing is clipped."""
+    for fmt in ("fp32", "fp16"):
+        model, out, a = case(fmt)
+        old = score(model, out, CFG)
+        cfg = dataclasses.replace(CFG, old_policy="recomputed", clip_low=0.0, clip_high=0.0)
+        _, logp, _, sums = accumulate_gradient(model, out, torch.ones(16), cfg, make_scaler(model.num), 20, logp_old=old)
+        assert torch.equal(logp, old) and sums["clipped"] == 0
+        by_itself = gradients(model)
+        model.zero_grad()
+        accumulate_gradient(model, out, torch.ones(16), cfg, make_scaler(model.num), 20)         # None: the same without the pass
+        assert all(torch.equal(g, by_itself[n]) for n, g in gradients(model).items())
+
+
+def test_a_penalty_pulls_towards_the_reference():
+    """All advantages 0: only KL[pi || reference] acts. At the reference its gradient is 0; away from it a step lowers it."""
+    model, out, a = case()
+    cfg, nothing = dataclasses.replace(CFG, kl_beta=0.5), torch.zeros(16)
+    ref = score(model, out, cfg)
+    accumulate_gradient(model, out, nothing, cfg, make_scaler(model.num), 20, logp_ref=ref)
+    assert max(float(g.abs().max()) for g in gradients(model).values()) < 1e-6
+    with torch.no_grad():
+        model.blocks[0].down += 0.02 * torch.randn(model.blocks[0].down.shape, generator=torch.Generator().manual_seed(1))
+    model.num.refresh()
+    far = []
+    for _ in range(2):
+        model.zero_grad()
+        *_, sums = accumulate_gradient(model, out, nothing, cfg, make_scaler(model.num), 20, logp_ref=ref)
+        far.append(sums["kl_ref"])
+        with torch.no_grad():
+            model.blocks[0].down -= 0.05 * model.blocks[0].down.grad / model.blocks[0].down.grad.norm()
+        model.num.refresh()
+    assert 0 < far[1] < far[0]
+
+
+class Scripted:
+    """A task whose rewards are known: `right[prompt]` of a group's answers are right."""
+    answer_length = 3
+
+    def __init__(self, right):
+        self.right, self.asked = right, []
+
+    def reward(self, problem, text):
+        self.asked.append(problem.prompt)
+        return float((self.asked.count(problem.prompt) - 1) % 4 < self.right[problem.prompt])
+
+
+def test_dynamic_sampling_replaces_groups_that_agree():
+    """Problems a (0 of 4 right), b (2), c (4), d (1), e (3), f (0), two a step: a batch of two with signal is looked for in at
+    most three rollouts, in order, and what is thrown away still counts for the accuracy."""
+    model, sampler = sampler_of(fmt="fp32")
+    sampler.generate, kept = (lambda *args: fixed_rollout(len(args[0]) * args[1])), []
+    problems = [Problem(x, "") for x in "abcdef"]
+    cfg = Config(prompts=2, group=4, dynamic_sampling=3, seed=0)
+    order = [problems[i].prompt for i in stream(0, 3, 0).permutation(6)]
+    task = Scripted(dict(a=0, b=2, c=4, d=1, e=3, f=0))
+    rollout, texts, batch, rewards, seen, drawn = collect_step(sampler, task, problems, 0, cfg, 1)
+    signal = [p for p in order if task.right[p] not in (0, 4)]
+    looked = next(n for n in (2, 4, 6) if len([p for p in order[:n] if p in signal]) >= 2 or n == 6)
+    assert drawn == looked and len(seen) == looked and task.asked == [p for p in order[:looked] for _ in range(4)]
+    assert [p.prompt for p in batch] == signal[:2] and (rewards.std(1) > 0).all() and len(rollout.length) == len(texts) == 8
+    assert seen.mean().item() == pytest.approx(sum(task.right[p] for p in order[:looked]) / (4 * looked))
+    one = collect_step(sampler, Scripted(task.right), problems, 0, dataclasses.replace(cfg, dynamic_sampling=1), 1)
+    assert [p.prompt for p in one[2]] == order[:2] and one[5] == 2 and not kept
+    # too few with signal: what is missing is filled up with groups that agree
+    _, _, batch, rewards, _, drawn = collect_step(sampler, Scripted(dict.fromkeys("abcdef", 4) | dict(a=1)), problems, 0, cfg, 1)
+    assert drawn == 6 and batch[0].prompt == "a" and rewards[1].std() == 0
+
+
+def fixed_rollout(rows):
+    length = torch.full((rows,), 3)
+    return Rollout(torch.zeros(rows, 3, dtype=torch.int64), torch.zeros(rows, 3), length - 2, length, length > 0)
 
 
 def test_padding_gets_no_gradient_and_the_stop_token_does():
@@ -159,7 +209,7 @@ def test_padding_gets_no_gradient_and_the_stop_token_does():
 def test_prompt_is_never_trained():
     """The loss must not depend on how likely the prompt's own tokens are: their log-probs are not among those scored."""
     model, out, a = case()
-    _, logp_train, _ = accumulate_gradient(model, out, a, CFG, make_scaler(model.num), 20)
+    _, logp_train, *_ = accumulate_gradient(model, out, a, CFG, make_scaler(model.num), 20)
     prompt = torch.arange(out.tokens.shape[1]) < out.prompt_length[:, None]
     assert (logp_train[prompt] == 0).all() and (out.logp[prompt] == 0).all()
 
@@ -241,9 +291,9 @@ def test_diagnosis():
 def test_batches_are_epochs_in_a_fresh_order():
     problems = [Problem(str(i), "") for i in range(10)]
     cfg = Config(prompts=4, seed=1)
-    drawn = [p.prompt for s in range(5) for p in batch_of(problems, s, cfg)]
+    drawn = [p.prompt for s in range(5) for p in batch_of(problems, 4 * s, cfg)]
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == sorted(p.prompt for p in problems) and drawn[:10] != drawn[10:]
-    assert batch_of(problems, 3, cfg) == batch_of(problems, 3, cfg)       # a function of the step: nothing to save for a resume
+    assert batch_of(problems, 12, cfg) == batch_of(problems, 12, cfg)     # a function of the place: a resume needs no more
 
 
 def test_addition_worked_by_hand():
