@@ -29,6 +29,10 @@ import torch
 from experiments.seeds import ROOT, spread
 from sample import Parser, ranged
 
+# The job of most experiments: sums of two digits with 22 tokens of working, a model of 0.13 M parameters, four updates a batch
+# as in the paper, a constant learning rate. 100 steps take half a minute on one core, and in FP32 it comes to 98 %.
+LAB = ("--digits 2 --noise 0.2 --n-layers 2 --width 64 --mlp-width 192 --base-steps 600 --base-batch 64 --base-lr 4e-3 "
+       "--heldout 0 --prompts 32 --updates-per-batch 4 --lr 1e-4 --lr-schedule constant").split()
 QUICK = ("--digits 1 --noise 0.3 --n-layers 2 --width 64 --mlp-width 192 --base-steps 300 --base-batch 64 --base-lr 4e-3 "
          "--pool 70 --prompts 16 --lr 1e-3").split()
 CURVES = ("accuracy", "kl_k3", "logp_gap_mean", "logp_gap_max", "seq_kl", "entropy", "grad_norm", "kept_share", "clipped_share",
