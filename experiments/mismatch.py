@@ -4,9 +4,9 @@
 
 The paper's offline test (arXiv 2510.26788, section 3): the same weights answer in one format and are scored in another. On
 R1-Distill-1.5B with two engines it finds a sequence KL of 7.64 in BF16 and 0.32 in FP16, 24 times less, and a log-ratio that
-falls by 1.01 and 0.07 nats per 1,000 tokens. Here the same forward code does both, in three formats, for two models: the base of an
-addition task of 6 digits (60 tokens of working), and one with random weights, deeper and wider, whose every token is uncertain.
-FP16 exact stands beside them: the zero. Writes results/mismatch.json and .png.
+falls by 1.01 and 0.07 nats per 1,000 tokens. Here the same forward code does both, in three formats, for two models: the base
+of an addition task of 6 digits (60 tokens of working), and one with random weights, deeper and wider, whose every token is
+uncertain. FP16 exact stands beside them: the zero. Writes results/mismatch.json and .png.
 """
 import dataclasses
 import sys
@@ -69,7 +69,8 @@ def measure(model, prompts, new, stop, cfg, seed, group):
             m |= dict(tokens=int(where.sum()), cumulated=line, cumulated_size=size, per_1000=1000 * float(np.sum(x * line) / np.sum(x * x)))
             if seed == 0:
                 pick = torch.randperm(int(where.sum()), generator=torch.Generator().manual_seed(0))[:1500].to(device)
-                m["scatter"] = [[float(f"{v:.7g}") for v in x[where][pick].exp().tolist()] for x in (rollout.logp, logp)]
+                m["scatter"] = [[float(f"{v:.7g}") for v in x[where][pick].exp().tolist()]
+                                for x in (rollout.logp, logp)]
             out[f"{fmt}/{b}" + (" exact" if exact else "")] = m
     return out
 
