@@ -45,6 +45,7 @@ class Job:
     seed: int
     flags: tuple                       # for train_rl.py
     threads: int = 1
+    env: tuple = ()                    # (name, value) pairs, such as a TENBIT_CACHE of its own
 
 
 def formats(mode):
@@ -74,7 +75,7 @@ def run(job, folder, about):
             return {**done, "again": True}
     shutil.rmtree(path, ignore_errors=True)                    # what a stopped sweep left of this run
     path.mkdir(parents=True)
-    env = {**os.environ, "OMP_NUM_THREADS": str(job.threads), "MKL_NUM_THREADS": str(job.threads)}
+    env = {**os.environ, "OMP_NUM_THREADS": str(job.threads), "MKL_NUM_THREADS": str(job.threads), **dict(job.env)}
     with open(path / "log.txt", "w", encoding="utf-8") as log:
         child = subprocess.Popen([sys.executable, *command, "--no-plot", "--save-every", "1000000", "--out", str(path / "run")],
                                  cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
@@ -85,13 +86,13 @@ def run(job, folder, about):
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.exists() else []
     steps = [r for r in rows if "step" in r]
     out["curves"] = {k: [short(m[k]) for m in steps] for k in CURVES}
+    said = ((path / "log.txt").read_text(encoding="utf-8").strip().splitlines() or [""])[-1]
     if child.returncode in (0, 1) and rows and "result" in rows[-1]:
         out |= rows[-1]["result"]
-    elif child.returncode < 0 or not steps:                    # killed, or it never began: no outcome of the experiment
-        raise SystemExit(f"{job.name}, seed {job.seed}: " + "".join(
-            (path / "log.txt").read_text(encoding="utf-8").strip().splitlines()[-1:]))
-    else:
-        out["failed"] = (path / "log.txt").read_text(encoding="utf-8").strip().splitlines()[-1]
+    elif child.returncode == 1 and "stopped: " in said:        # what train_rl says of numbers that are no longer finite
+        out["failed"] = said.replace(str(path / "run"), "the run")
+    else:                                                      # killed, or wrong flags: no outcome of the experiment
+        raise SystemExit(f"{job.name}, seed {job.seed} (exit status {child.returncode}): {said}")
     (path / "run" / "checkpoint.pt").unlink(missing_ok=True)   # a sweep has hundreds
     record.write_text(json.dumps(out), encoding="utf-8")
     return out
@@ -191,12 +192,13 @@ def summary(records):
     for name in dict.fromkeys(r["name"] for r in records):
         rs = [r for r in records if r["name"] == name]
         done = [r for r in rs if "failed" not in r]
+        seconds = np.concatenate([np.add(r["curves"]["t_rollout"], r["curves"]["t_train"]) for r in rs])
         out[name] = dict(
             seeds=len(rs), failed=len(rs) - len(done), collapsed=sum(map(collapsed, rs)), best=spread(list(map(best, rs))),
             last=spread(list(map(last, rs))), accuracy=spread([r["accuracy"] for r in done]) if done else None,
             gap_mean=middle(rs, "logp_gap_mean"), kl_k3=middle(rs, "kl_k3"), seq_kl=middle(rs, "seq_kl"),
             skipped=int(sum(max(r["curves"]["skipped_steps"], default=0) for r in rs)),
-            step_seconds=float(np.median(np.concatenate([np.add(r["curves"]["t_rollout"], r["curves"]["t_train"]) for r in rs]))))
+            step_seconds=float(np.median(seconds)) if len(seconds) else None)
     return out
 
 
@@ -276,6 +278,8 @@ def band(ax, records, key, label, low=None, window=1, **style):
     """Mean and range over seeds against the step; a run that broke off ends where it did."""
     curves = [smooth(r["curves"][key], window) if window > 1 else np.asarray(r["curves"][key], float) for r in records]
     n = max(map(len, curves))
+    if not n:
+        return
     y = np.full((len(curves), n), np.nan)
     for row, c in zip(y, curves):
         row[:len(c)] = c

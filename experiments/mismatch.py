@@ -66,7 +66,8 @@ def measure(model, prompts, new, stop, cfg, seed, group):
             x = np.arange(1, len(line) + 1)
             total = (rollout.logp - logp).double().mul(where).sum(1)                          # log mu(y) - log pi(y)
             m["seq_kl_k3"] = float((torch.expm1(-total) + total).mean())                      # less noisy than its mean, seq_kl
-            m |= dict(tokens=int(where.sum()), cumulated=line, cumulated_size=size, per_1000=1000 * float(np.sum(x * line) / np.sum(x * x)))
+            m |= dict(tokens=int(where.sum()), cumulated=line, cumulated_size=size,
+                      per_1000=1000 * float(np.sum(x * line) / np.sum(x * x)))          # least squares through the origin
             if seed == 0:
                 pick = torch.randperm(int(where.sum()), generator=torch.Generator().manual_seed(0))[:1500].to(device)
                 m["scatter"] = [[float(f"{v:.7g}") for v in x[where][pick].exp().tolist()]
