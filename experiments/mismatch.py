@@ -8,7 +8,6 @@ falls by 1.01 and 0.07 nats per 1,000 tokens. Here the same forward code does bo
 of an addition task of 6 digits (60 tokens of working), and one with random weights, deeper and wider, whose every token is
 uncertain. FP16 exact stands beside them: the zero. Writes results/mismatch.json and .png.
 """
-import dataclasses
 import sys
 
 import numpy as np
@@ -28,21 +27,29 @@ TRAINED = "--digits 6 --noise 0.08 --base-steps 1000 --base-batch 64".split()
 QUICK = "--digits 1 --noise 0.3 --n-layers 2 --width 64 --mlp-width 192 --base-steps 300 --base-batch 64 --base-lr 4e-3".split()
 
 
-def models(lab, seed):
-    """name -> (model, prompts, tokens to sample, stop token, settings)."""
-    size = lab.pick(TRAINED, QUICK, ["--base-steps", "2000"])
+def trained(lab, seed, size, n):
+    """A base model -> (model, n prompts, tokens to sample, stop token, settings)."""
     cfg = parse_config([*lab.device(), *size, "--seed", str(seed)])[0]
     device, task = pick_device(cfg.device), make_task(cfg.task, cfg.digits, cfg.noise)
-    n = lab.pick(256, 16, 256)
     prompts = [encode(p.prompt) for p in draw_problems(task, n, stream(seed, 20))]
-    yield "trained on the task", get_base(cfg, device), prompts, task.answer_length, 256, cfg
+    return get_base(cfg, device, lambda text: None), prompts, task.answer_length, 256, cfg
+
+
+def random(lab, seed):
+    """The same of a model with random weights, that never stops."""
+    cfg = parse_config([*lab.device(), "--micro-batch", "16"])[0]
     layers, width, new = lab.pick((8, 256, 128), (3, 64, 16), (24, 1024, 1024))
-    random = GPT(GPTConfig(vocab_size=258, n_layers=layers, width=width, n_heads=8, n_kv_heads=4, mlp_width=3 * width,
-                           context=16 + new), device, seed)
-    with torch.no_grad():                                       # sharper than at birth: about 1 nat of entropy a token
-        random.head *= 4
-    prompts = np.random.default_rng(seed).integers(0, 256, (lab.pick(64, 4, 64), 16)).tolist()
-    yield "random, deeper and wider", random, prompts, new, -1, dataclasses.replace(cfg, micro_batch=16)
+    model = GPT(GPTConfig(vocab_size=258, n_layers=layers, width=width, n_heads=8, n_kv_heads=4, mlp_width=3 * width,
+                          context=16 + new), pick_device(cfg.device), seed)
+    with torch.no_grad():                                       # less uncertain than at birth
+        model.head *= 4
+    return model, np.random.default_rng(seed).integers(0, 256, (lab.pick(64, 4, 64), 16)).tolist(), new, -1, cfg
+
+
+def models(lab, seed):
+    size = lab.pick(TRAINED, QUICK, ["--base-steps", "2000"])
+    yield "trained on the task", trained(lab, seed, size, lab.pick(256, 16, 256))
+    yield "random, deeper and wider", random(lab, seed)
 
 
 def measure(model, prompts, new, stop, cfg, seed, group):
@@ -80,8 +87,8 @@ def main(argv=None):
     lab = Lab("mismatch", __doc__, argv)
     group, result = lab.pick(8, 4, 8), {}
     for seed in range(lab.seeds):
-        for name, model, prompts, new, stop, cfg in models(lab, seed):
-            for pair, m in measure(model, prompts, new, stop, cfg, seed, group).items():
+        for name, case in models(lab, seed):
+            for pair, m in measure(*case, seed, group).items():
                 result.setdefault(name, {}).setdefault(pair, []).append(m)
             print(f"seed {seed}, {name}: {result[name]['fp16/fp16'][-1]['tokens']} tokens a pair", flush=True)
     keys = ("logp_gap_mean", "prob_gap_mean", "kl_k3", "seq_kl_k3", "per_1000", "exact_share")

@@ -75,7 +75,8 @@ def main(argv=None):
               (f"accuracy {s['accuracy']['mean']:.3f}; " if s["accuracy"] else "") + f"{s['skipped']} updates skipped in all")
         for text in sorted({r["failed"] for r in rs if "failed" in r})[:1]:
             print(f"  {text}")
-    lab.save(dict(summary=result, largest_activation=largest, messages={r["name"]: r["failed"] for r in records if "failed" in r}), records)
+    messages = {r["name"]: r["failed"] for r in records if "failed" in r}
+    lab.save(dict(summary=result, largest_activation=largest, messages=messages), records)
     plot = lab.figure(1, 2, (12, 4.2))
     if plot:
         fig, ((left, right),) = plot
