@@ -119,8 +119,9 @@ def draw(lab, rows, records, result):
                         ax.plot(bits, np.maximum(y, 1e-9), style if ax is left else {8: "-", 5: ":"}[exp], marker="o", ms=3,
                                 color=f"C{i}", label=f"{name}, {kind if ax is left else f'e{exp}mY'}")
     bits = np.array([3, 14])
-    left.plot(bits, 0.05 * 2.0 ** (3 - bits), color="gray", lw=0.8, label="half a bit")
-    for ax, title in ((left, "mean gap |log mu - log pi|, rollout in e8mY"), (middle, "rollout in e8mY and e5mY, training in FP32")):
+    left.plot(bits, 0.05 * 2.0 ** (3 - bits), color="gray", lw=0.8, label="halved by each bit")
+    titles = "mean gap |log mu - log pi|, rollout in e8mY", "rollout in e8mY and e5mY, train fp32"
+    for ax, title in zip((left, middle), titles):
         ax.set(title=title, xlabel="mantissa bits Y", ylabel="nats", yscale="log")
         for m, text in ((7, "bf16"), (10, "fp16")):
             ax.axvline(m, color="gray", lw=0.6, ls=":")
@@ -140,7 +141,7 @@ def draw(lab, rows, records, result):
         right.plot([], [], "o", color=f"C{int(d) - 1}", label=f"{d} digits")
     right.plot([], [], "s", color="gray", mfc="none", label="the same rounding on both sides, exact: KL 0")
     right.plot([], [], "*", color="gray", label="fp32")
-    right.set(title="RL: accuracy of the last 10 steps, mean and range of seeds", xscale="log",
+    right.set(title="RL: last 10 of 60 steps, mean and range of seeds", xscale="log",
               xlabel="KL(mu || pi) of a whole answer, nats, first 10 steps", ylabel="sampled accuracy", ylim=(0, 1.02))
     right.legend(fontsize=7, loc="lower left")
     lab.draw(fig)
