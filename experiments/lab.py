@@ -221,14 +221,14 @@ class Lab:
         p.add_argument("--quick", action="store_true", help="2 minutes or less, to see that it works; writes into out/")
         p.add_argument("--preset", choices=("cpu", "gpu"), default="gpu" if torch.cuda.is_available() else "cpu")
         p.add_argument("--workers", type=ranged(int, 1, 64), default=0, help="runs at a time (default: one a core, 4 on a GPU)")
-        p.add_argument("--out", default="", help="folder for JSON and PNG (default results, with --quick out/NAME-quick)")
+        p.add_argument("--out", default="", help="folder for JSON, PNG and runs (default results, --quick: out/lab/NAME-quick)")
         if add:
             add(p)
         self.args = a = p.parse_args(argv)
         self.name, self.quick, self.gpu = name, a.quick, a.preset == "gpu"
         self.seeds = min(a.seeds, 2) if a.quick else a.seeds
         self.workers = a.workers or (4 if self.gpu else os.cpu_count() or 1)
-        self.folder = ROOT / "out" / "lab" / f"{name}{'-quick' if a.quick else ''}"
+        self.folder = pathlib.Path(a.out) / "runs" if a.out else ROOT / "out" / "lab" / f"{name}{'-quick' if a.quick else ''}"
         self.out = pathlib.Path(a.out) if a.out else self.folder if a.quick else ROOT / "results"
         self.out.mkdir(parents=True, exist_ok=True)
         self.suffix = "-gpu" if self.gpu else ""
@@ -251,7 +251,7 @@ class Lab:
         """results/NAME.json: the result, the runs, and what is needed to get them again."""
         path = self.out / f"{name or self.name}{self.suffix}.json"
         about = dict(command=self.command, **machine(), seconds=round(time.time() - self.begin), workers=self.workers)
-        path.write_text(json.dumps(dict(**about, result=result, runs=list(records)), indent=None, separators=(",", ":"))
+        path.write_text(json.dumps(finite(dict(**about, result=result, runs=list(records))), separators=(",", ":"))
                         .replace('"result":', '\n"result":').replace('"runs":', '\n"runs":')
                         .replace('{"name":', '\n{"name":') + "\n",
                         encoding="utf-8")
@@ -272,6 +272,15 @@ class Lab:
         path = self.out / f"{name or self.name}{self.suffix}.png"
         fig.savefig(path, dpi=130)
         print(path)
+
+
+def finite(x):
+    """The same with None for NaN and infinities, which JSON does not know."""
+    if isinstance(x, dict):
+        return {k: finite(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [finite(v) for v in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def band(ax, records, key, label, low=None, window=1, **style):

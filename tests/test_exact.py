@@ -14,7 +14,7 @@ import fast
 import train_rl
 from algorithms import centred
 from experiments import exact as twins
-from experiments import explain
+from experiments import explain, lab
 from fast.graph import GraphStep
 from model import KVCache
 from precision import ExactNumerics, InputError, make_scaler, mismatch, tree_sum
@@ -345,62 +345,36 @@ def test_explain_tells_the_story(capsys):
 # --- the experiment
 
 
-def test_paired_differences_by_hand():
-    records = [dict(mode=m, seed=s, accuracy=a) for m, row in (("x", [0.5, 0.6, 0.7, 0.9]), ("y", [0.4, 0.5, 0.5, 0.8]))
-               for s, a in enumerate(row)]
-    d = twins.paired(records, "x", "y")                            # 0.1, 0.1, 0.2, 0.1: mean 0.125, sd 0.05, se 0.025
-    assert d["mean"] == pytest.approx(0.125) and d["se"] == pytest.approx(0.025) and d["seeds"] == 4
-    assert d["significant"] is True                                # 5 standard errors, more than 3.18
-    records[0]["failed"] = ["it stopped"]
-    assert twins.paired(records, "x", "y")["seeds"] == 3           # its pair is left out, and that is said
-    assert twins.paired(records, "x", "x")["significant"] is False
-    few = [r for r in records if r["seed"] == 1]
-    assert twins.paired(few, "x", "y") == dict(seeds=1, mean=None, se=None, significant=None)
-
-
 def fake_run(spoil=None):
-    def run(name, mode, seed, threads, flags, folder):
-        out = dict(mode=mode, seed=seed, threads=threads, command=[], code=None, wall=1.0, peak_mib=100.0)
-        if (mode, seed, threads) == spoil:
-            return out | dict(failed=["train_rl.py: stopped"])
-        gap = 0.0 if "exact" in mode else 1e-3
-        return out | dict(accuracy=0.9 + 0.01 * seed, heldout_after=0.9, steps=3, tokens=10, exact_share_min=1.0 - gap,
-                          gap_max=gap, gap_mean=gap, kl_k3=gap, step_seconds=1.0, curve=[0.5, 0.7, 0.9], kl_curve=[gap] * 3)
+    def run(job, folder, about):
+        curves = {k: [0.5, 0.7, 0.9] for k in lab.CURVES}
+        gap = 0.0 if "exact" in job.name else 1e-3
+        curves |= dict(logp_gap_max=[gap] * 3, logp_gap_mean=[gap] * 3, kl_k3=[gap] * 3, tokens=[3, 3, 4])
+        out = dict(name=job.name, seed=job.seed, threads=job.threads, command=[], sources="", wall=1.0, curves=curves)
+        if (job.name, job.seed, job.threads) == spoil:
+            return out | dict(failed="train_rl.py: stopped: something")
+        return out | dict(accuracy=0.9 + 0.01 * job.seed)
     return run
 
 
 def test_the_check_says_so_when_a_run_fails(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(twins, "run", fake_run())
-    assert twins.main(["--check", "--out", str(tmp_path)]) == 0
+    monkeypatch.setattr(lab, "run", fake_run())
+    assert twins.main(["--check", "--quick", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "exact-check.json").read_text())
-    assert report["exact"] is True and report["tokens"] == 60 and len(report["runs"]) == 6
-    assert capsys.readouterr().out.splitlines()[-1].startswith("exact: 60 tokens in 18 steps of 6 runs")
-    monkeypatch.setattr(twins, "run", fake_run(spoil=("bf16 exact", 0, 2)))
-    assert twins.main(["--check", "--out", str(tmp_path)]) == 1
-    assert json.loads((tmp_path / "exact-check.json").read_text())["exact"] is False
+    assert report["result"]["exact"] is True and report["result"]["tokens"] == 60 and len(report["runs"]) == 6
+    assert "\nexact: 60 tokens in 18 steps of 6 runs" in capsys.readouterr().out
+    monkeypatch.setattr(lab, "run", fake_run(spoil=("bf16 exact", 0, 2)))
+    assert twins.main(["--check", "--quick", "--out", str(tmp_path)]) == 1
+    assert json.loads((tmp_path / "exact-check.json").read_text())["result"]["exact"] is False
     assert "NOT EXACT: 50 tokens" in capsys.readouterr().out
 
 
 def test_twins_report_every_mode_and_every_failure(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(twins, "run", fake_run(spoil=("bf16", 1, 1)))
+    monkeypatch.setattr(lab, "run", fake_run(spoil=("bf16", 1, 1)))
     assert twins.main(["--seeds", "3", "--out", str(tmp_path)]) == 0
-    report = json.loads((tmp_path / "exact-twins.json").read_text())
+    report = json.loads((tmp_path / "exact-twins.json").read_text())["result"]
     assert list(report["summary"]) == ["fp32", "fp16", "bf16", "bf16 exact", "bf16/fp32"] and len(report["pairs"]) == 10
     assert report["summary"]["bf16"]["failed"] == 1 and report["summary"]["fp32"]["failed"] == 0
     assert report["summary"]["fp32"]["accuracy"]["mean"] == 0.91 and report["pairs"]["bf16 - fp32"]["seeds"] == 2
     said = capsys.readouterr().out
     assert "bf16         1 failed" in said and said.count("no difference shown") == 10
-
-
-def test_one_real_run_of_the_experiment(monkeypatch, tmp_path):
-    """Two formats on the two sides; a record that is kept for the same sources only; a failure that is an outcome."""
-    flags = [f for f in SMALL if f not in ("--exact", "--no-plot")]
-    monkeypatch.setenv("TENBIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(twins, "version", lambda: "this")
-    first = twins.run("t", "bf16/fp32", 0, 1, flags, tmp_path)
-    assert first["steps"] == 3 and 0 < first["gap_mean"] and first["exact_share_min"] < 1 and first["peak_mib"] > 50
-    assert ["--rollout-precision", "bf16", "--train-precision", "fp32"] == first["command"][3:7]
-    began = (tmp_path / "t-bf16-fp32-1-seed0" / "log.txt").stat().st_mtime_ns
-    assert twins.run("t", "bf16/fp32", 0, 1, flags, tmp_path) == first
-    assert (tmp_path / "t-bf16-fp32-1-seed0" / "log.txt").stat().st_mtime_ns == began                     # not run again
-    assert "unknown number format" in twins.run("t", "nonsense", 0, 1, flags, tmp_path)["failed"][0]

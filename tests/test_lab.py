@@ -1,0 +1,135 @@
+"""The laboratory: its rules on made-up runs, its runner on a real one, and every experiment's --quick."""
+import importlib
+import json
+import math
+
+import numpy as np
+import pytest
+
+from experiments import bias_variance, dial, lab, loss_scale
+from precision import parse_format
+
+JOB = ("--digits 1 --noise 0.3 --n-layers 1 --width 32 --n-heads 2 --n-kv-heads 1 --mlp-width 64 --base-steps 30 "
+       "--base-batch 32 --base-lr 4e-3 --pool 40 --heldout 0 --prompts 4 --steps 3 --keep-from 0 --keep-to 1").split()
+
+
+def record(name="x", seed=0, accuracy=(0.5,), **kw):
+    curves = {k: [0.0] * len(accuracy) for k in lab.CURVES} | dict(accuracy=list(accuracy))
+    return dict(name=name, seed=seed, command=[], wall=1.0, curves=curves, accuracy=accuracy[-1] if accuracy else 0.0) | kw
+
+
+# --- the rules
+
+
+def test_paired_differences_by_hand():
+    rows = ("x", [0.5, 0.6, 0.7, 0.9]), ("y", [0.4, 0.5, 0.5, 0.8])
+    records = [record(m, s, [a]) for m, row in rows for s, a in enumerate(row)]
+    d = lab.paired(records, "x", "y")                              # 0.1, 0.1, 0.2, 0.1: mean 0.125, sd 0.05, se 0.025
+    assert d["mean"] == pytest.approx(0.125) and d["se"] == pytest.approx(0.025) and d["seeds"] == 4
+    assert d["significant"] is True                                # 5 standard errors, more than 3.18
+    records[0]["failed"] = "it stopped"
+    assert lab.paired(records, "x", "y")["seeds"] == 3             # its pair is left out, and that is said
+    assert lab.paired(records, "x", "x")["significant"] is False
+    few = [r for r in records if r["seed"] == 1]
+    assert lab.paired(few, "x", "y") == dict(seeds=1, mean=None, se=None, significant=None)
+
+
+def test_what_a_collapse_is():
+    """20 points below the best, at the end, over ten steps: a dip that recovers is none, a run that broke off is one."""
+    up = list(np.linspace(0.5, 0.9, 30))
+    assert not lab.collapsed(record(accuracy=up)) and lab.best(record(accuracy=up)) == pytest.approx(np.mean(up[-10:]))
+    assert lab.collapsed(record(accuracy=up + [0.6] * 10)) and not lab.collapsed(record(accuracy=up + [0.75] * 10))
+    assert not lab.collapsed(record(accuracy=up + [0.1] * 5 + [0.9] * 10))
+    assert lab.collapsed(record(accuracy=up, failed="stopped")) and lab.last(record(accuracy=up, failed="stopped")) == 0
+    assert lab.best(record(accuracy=[])) == 0 and lab.best(record(accuracy=[0.2, 0.4])) == pytest.approx(0.3)
+
+
+def test_a_summary_counts_what_broke_off():
+    rs = [record(seed=0, accuracy=[0.5] * 12), record(seed=1, accuracy=[0.6] * 12),
+          record(seed=2, accuracy=[0.9] * 4, failed="train_rl.py: stopped: no longer finite")]
+    s = lab.summary(rs)["x"]
+    assert s["failed"] == 1 and s["collapsed"] == 1 and s["accuracy"]["mean"] == 0.55 and s["last"]["min"] == 0
+    none = lab.summary([record(accuracy=[], failed="stopped")])["x"]
+    assert none["accuracy"] is None and none["step_seconds"] is None and none["kl_k3"] is None
+    json.dumps(none, allow_nan=False)
+
+
+def test_numbers_that_are_not_finite_are_kept_apart():
+    assert lab.short(1.23456789e-7) == 1.2346e-7 and lab.short("nan") is None and lab.short("inf") is None
+    r = record(accuracy=[0.5, 0.6])
+    r["curves"]["kl_k3"] = [1.0, None]
+    assert lab.middle([r], "kl_k3") == 1.0
+
+
+def test_slopes_of_the_dial():
+    rows = [dict(man=m, gap=0.1 * 2.0 ** -m, kl=0.1 * 4.0 ** -m) for m in range(3, 15)]
+    assert dial.slope(rows, "gap", 3, 14) == pytest.approx(-1) and dial.slope(rows, "kl", 3, 14) == pytest.approx(-2)
+    assert math.isnan(dial.slope(rows[:1], "gap", 3, 14))
+
+
+def test_what_a_format_loses():
+    """FP16 keeps what rounds to 2^-24 at least: half of it, 2^-25, is the edge."""
+    counts = np.zeros(loss_scale.HIGH - loss_scale.LOW + 1, dtype=np.int64)
+    counts[0] = 1000                                               # zeros are not counted
+    for e in (-30, -26, -25, -10):
+        counts[e - loss_scale.LOW + 1] = 1
+    fp16 = parse_format("fp16")
+    assert loss_scale.lost(counts, 0, fp16) == 0.5
+    assert loss_scale.lost(counts, 1, fp16) == 0.25 and loss_scale.lost(counts, 5, fp16) == 0
+    assert loss_scale.lost(counts, 0, parse_format("bf16")) == 0
+
+
+def test_moments_of_gradients():
+    """The squared bias is estimated without the noise's own square: over many batches of pure noise it is 0, of noise and an
+    offset, the offset's."""
+    import torch
+    g = torch.Generator().manual_seed(0)
+    noise, offset = bias_variance.Moments(), bias_variance.Moments()
+    for _ in range(2000):
+        d, ref = torch.randn(10, generator=g), torch.randn(10, generator=g)
+        noise.add(ref + d, ref)
+        offset.add(ref + d + 0.5, ref)
+    assert abs(noise.bias2()) < 0.02 and offset.bias2() == pytest.approx(2.5, abs=0.15)
+    assert noise.variance() == pytest.approx(20, rel=0.05) and abs(noise.norm2()) < 0.05
+
+
+# --- the runner
+
+
+def test_a_sweep_runs_resumes_and_reports(monkeypatch, tmp_path, capsys):
+    """Two formats, one that overflows; a second sweep runs nothing; another version of the sources runs all of it again."""
+    monkeypatch.setenv("TENBIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("data.base.CACHE", tmp_path / "cache")
+    jobs = [lab.Job("bf16/fp32", 0, (*JOB, *lab.formats("bf16/fp32"))),
+            lab.Job("e2m3", 0, (*JOB, *lab.formats("fp32/e2m3")))]
+    records = lab.sweep(jobs, tmp_path / "runs", 2)
+    said = capsys.readouterr().out
+    assert [r["name"] for r in records] == ["bf16/fp32", "e2m3"] and "min to go" in said and "  2/2 " in said
+    good, bad = records
+    assert len(good["curves"]["accuracy"]) == 3 and 0 <= good["accuracy"] <= 1 and min(good["curves"]["kl_k3"]) > 0
+    assert "stopped: log-probs are no longer finite" in bad["failed"] and str(tmp_path) not in bad["failed"]
+    assert not list((tmp_path / "runs").glob("*/run/checkpoint.pt"))              # a sweep has hundreds
+    logs = sorted((tmp_path / "runs").glob("*/log.txt"))
+    times = [p.stat().st_mtime_ns for p in logs]
+    assert lab.sweep(jobs, tmp_path / "runs", 2) == records and [p.stat().st_mtime_ns for p in logs] == times
+    monkeypatch.setattr(lab, "sources", lambda: "changed")
+    again = lab.sweep(jobs[:1], tmp_path / "runs", 1)[0]
+    assert again["sources"] == "changed" and again["curves"]["accuracy"] == good["curves"]["accuracy"]     # and the same numbers
+    with pytest.raises(SystemExit, match="nonsense"):                             # a mistake is no outcome
+        lab.run(lab.Job("nonsense", 0, (*JOB, *lab.formats("nonsense"))), tmp_path / "runs", "x")
+
+
+@pytest.mark.parametrize("name", [
+    "mismatch", "sanity", "precision_grid", "bias_variance", "loss_scale", "overflow", "dial", "collapse"])
+def test_every_experiment_has_a_quick_version(name, tmp_path, tmp_path_factory, monkeypatch, capsys):
+    """It runs, and leaves a JSON file with its provenance and a picture."""
+    cache = tmp_path_factory.getbasetemp() / "lab-cache"                          # one base for all of them
+    monkeypatch.setenv("TENBIT_CACHE", str(cache))
+    monkeypatch.setattr("data.base.CACHE", cache)
+    importlib.import_module(f"experiments.{name}").main(["--quick", "--out", str(tmp_path)])
+    text = (tmp_path / f"{name}.json").read_text()
+    report = json.loads(text)
+    assert {"command", "machine", "torch", "git", "sources", "date", "seconds", "result", "runs"} <= set(report)
+    assert "NaN" not in text and "Infinity" not in text
+    assert f"experiments.{name} --quick" in report["command"] and report["seconds"] < 120
+    assert (tmp_path / f"{name}.png").stat().st_size > 10_000
