@@ -4,6 +4,7 @@
     python train_rl.py --precision bf16                   # the same job with 7 mantissa bits
     python train_rl.py --rollout-precision fp16 --train-precision fp32       # two roundings: watch the gap
     python train_rl.py --exact                            # no mismatch at all: the same bits on both sides
+    python train_rl.py --algo gspo --updates-per-batch 4  # other algorithms: --help lists them, algorithms.py has them
     python train_rl.py --resume out/run1                  # go on, bit for bit, where a run stopped
     python train_rl.py --bench                            # how fast, against what this machine can do
 
@@ -549,8 +550,8 @@ def diagnose(history):
             "nearly nothing is solved: easier problems (--digits), a better base (--base-steps) or more answers (--group)")
     skipped = last[-1]["skipped_steps"] - last[0]["skipped_steps"]
     if skipped >= 3:
-        found["skips"] = (f"the loss scaler skipped {skipped} of the last 4 steps: gradients overflow; a few at the start are "
-                          "normal, else lower --init-scale or --lr")
+        found["skips"] = (f"the loss scaler skipped {skipped} updates in the last 4 steps: gradients overflow; a few at the "
+                          "start are normal, else lower --init-scale or --lr")
     if all(m["truncated"] > 0.1 for m in last):
         found["truncated"] = f"{last[-1]['truncated']:.0%} of the answers were cut off before their stop token and count as wrong"
     if len(history) >= 30:
@@ -628,7 +629,8 @@ def train(cfg, given, run):
         return sum(right) / (len(problems) * cfg.eval_tries)
     if resumed:
         problems, heldout = ([Problem(*p) for p in resumed[k]] for k in ("problems", "heldout"))
-        start, updates, skipped, before, drawn = (resumed[k] for k in ("step", "updates", "skipped", "before", "drawn"))
+        start, updates, skipped, before = (resumed[k] for k in ("step", "updates", "skipped", "before"))
+        drawn = resumed.get("drawn", start * cfg.prompts)              # problems so far; older checkpoints do not say
         if start > cfg.steps:
             raise InputError(f"{run.path} has done {start} steps, more than --steps {cfg.steps}")
         try:
@@ -697,10 +699,10 @@ def train(cfg, given, run):
                 model.use(train_num if torch.isfinite(mu).all() else rollout_num)
                 raise broken(run, "log-probs are no longer finite", first_bad_layer(model, *update))
             if not losses:  # before any update: this is the mismatch and nothing else. Later answers have an update between
-                gaps = mismatch(mu, pi, lengths[rows]) if logp_old is None else \
-                    mismatch(rollout.logp[where], logp_old[where], lengths)
+                first, at, n = (logp_train, here, lengths[rows]) if logp_old is None else (logp_old, where, lengths)
+                gaps = mismatch(rollout.logp[at], first[at], n)
                 if cfg.exact and gaps["exact_share"] < 1:
-                    raise not_exact(model, rollout, here & (rollout.logp != logp_train),
+                    raise not_exact(model, rollout, at & (rollout.logp != first),
                                     f"Stopped at step {step}; go on without it: --resume {run.path} --no-exact")
             lr = learning_rate(cfg, updates)
             norm, skip = apply_gradient(model, optimizer, scaler, cfg, lr)
