@@ -24,7 +24,7 @@ import torch
 from algorithms import ALGORITHMS, leave_one_out
 from data import draw_problems, make_task, stream
 from data.base import get_base
-from experiments.lab import LAB, QUICK, Lab
+from experiments.lab import GPU, LAB, QUICK, Lab
 from fast import numerics
 from precision import make_scaler, pick_device
 from sample import Sampler, run_main
@@ -69,7 +69,7 @@ class Moments:
 
 
 def measure(lab, seed, pairs, batches):
-    size = lab.pick(LAB, QUICK, [])
+    size = lab.pick(LAB, QUICK, GPU)
     cfg = parse_config([*lab.device(), *size, "--seed", str(seed)])[0]
     device, task = pick_device(cfg.device), make_task(cfg.task, cfg.digits, cfg.noise)
     model = get_base(cfg, device)

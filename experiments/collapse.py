@@ -16,7 +16,7 @@ import sys
 
 import numpy as np
 
-from experiments.lab import LAB, QUICK, Job, Lab, best, collapsed, formats, last, summary
+from experiments.lab import GPU, LAB, QUICK, Job, Lab, best, collapsed, formats, last, summary
 from sample import run_main
 
 GRPO = "--old-policy recomputed"
@@ -44,7 +44,7 @@ def main(argv=None):
     jobs = []
     for seed in range(seeds):
         for name, flags in settings.items():
-            size = lab.pick(LAB, [*QUICK, "--heldout", "0"], "--updates-per-batch 4 --heldout 0".split())
+            size = lab.pick(LAB, [*QUICK, "--heldout", "0"], GPU)
             short = ["--steps", "3"] if lab.quick else []
             jobs += [Job(f"{name}: {m}", seed, (*lab.device(), *size, *flags.split(), *short, *formats(m))) for m in modes]
     records = lab.sweep(jobs)

@@ -12,7 +12,7 @@ import sys
 
 import numpy as np
 
-from experiments.lab import LAB, QUICK, Job, Lab, formats, last, paired, summary
+from experiments.lab import GPU, LAB, QUICK, Job, Lab, formats, last, paired, summary
 from experiments.mismatch import random, spread_e, trained
 from fast import numerics
 from precision import mismatch
@@ -28,7 +28,7 @@ LENGTHS = {1: "--digits 1 --noise 0.35 --pool 70 --base-steps 400", 2: "--digits
 
 def static(lab, seed):
     """Mismatch without RL: (model, kind of rounding, exponent bits, mantissa bits) -> metrics."""
-    rows, base = [], trained(lab, seed, lab.pick(LAB, QUICK, []), lab.pick(128, 16, 128))
+    rows, base = [], trained(lab, seed, lab.pick(LAB, QUICK, GPU), lab.pick(128, 16, 128))
     for name, case in (("trained on the task", base), ("random, deeper and wider", random(lab, seed))):
         model, prompts, new, stop, cfg = case
         device, group = model.embedding.device, lab.pick(8, 2, 8)
@@ -60,7 +60,7 @@ def main(argv=None):
     for s in range(seeds):
         for d in lengths:
             size = lab.pick([*rest, *LENGTHS[d].split(), "--steps", "60"], [*QUICK, "--heldout", "0", "--steps", "3"],
-                            ["--updates-per-batch", "4", "--steps", "30", "--heldout", "0", "--digits", str(5 * d)])
+                            [*GPU, "--digits", str(3 * d), "--noise", str(round(0.45 / (3 * d), 3)), "--steps", "60"])
             modes = ["e8m2/fp32", "e8m2 exact"] if lab.quick else [
                 "e8m1/fp32", "e8m2/fp32", "e8m3/fp32", "e8m4/fp32", "e8m2 exact", "e8m3 exact"]
             jobs += [Job(f"{d} digits {m}", s, (*lab.device(), *size, *formats(m), "--old-policy", "recomputed"))

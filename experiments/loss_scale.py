@@ -15,7 +15,7 @@ import torch
 from algorithms import centred
 from data import draw_problems, make_task, stream
 from data.base import get_base
-from experiments.lab import LAB, QUICK, Job, Lab, band, paired, spread, summary
+from experiments.lab import GPU, LAB, QUICK, Job, Lab, band, paired, spread, summary
 from fast import numerics
 from precision import make_scaler, parse_format, pick_device
 from sample import Sampler, run_main
@@ -54,7 +54,7 @@ def lost(counts, scale, fmt):
 def main(argv=None):
     lab = Lab("loss_scale", __doc__, argv)
     size = lab.pick([*LAB, "--steps", "100"], [*QUICK, "--heldout", "0", "--steps", "3"],
-                    "--updates-per-batch 4 --steps 60 --heldout 0".split())
+                    [*GPU, "--steps", "60"])
     scales = SCALES[::3] if lab.quick else SCALES
     seeds = 1 if lab.quick else lab.seeds
     names = {**{f"fp16, scale 2^{k}": ["--precision", "fp16", "--init-scale", str(2.0 ** k)] for k in scales},

@@ -15,7 +15,7 @@ import torch
 
 from data import draw_problems, make_task, stream
 from data.base import get_base
-from experiments.lab import Lab, spread
+from experiments.lab import GPU, Lab, spread
 from fast import numerics
 from model import GPT, GPTConfig
 from precision import mismatch, pick_device
@@ -47,7 +47,7 @@ def random(lab, seed):
 
 
 def models(lab, seed):
-    size = lab.pick(TRAINED, QUICK, ["--base-steps", "2000"])
+    size = lab.pick(TRAINED, QUICK, GPU)
     yield "trained on the task", trained(lab, seed, size, lab.pick(256, 16, 256))
     yield "random, deeper and wider", random(lab, seed)
 

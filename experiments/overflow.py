@@ -17,7 +17,7 @@ import torch
 
 from data import CACHE, draw_problems, make_task, stream
 from data.base import find_base, get_base, gpt_config
-from experiments.lab import LAB, QUICK, Job, Lab, band, summary
+from experiments.lab import GPU, LAB, QUICK, Job, Lab, band, summary
 from fast import numerics
 from model import save_checkpoint
 from precision import parse_format, pick_device
@@ -49,7 +49,7 @@ def grown(lab, cfg, k):
 def main(argv=None):
     lab = Lab("overflow", __doc__, argv)
     size = lab.pick([*LAB, "--steps", "60"], [*QUICK, "--heldout", "0", "--steps", "3"],
-                    "--updates-per-batch 4 --steps 60 --heldout 0".split())
+                    [*GPU, "--steps", "40"])
     cases = {"fp16": [], "fp16, first scale 2^32": ["--init-scale", str(2.0 ** 32)], "fp16, residual stream x 2^8": 8,
              "fp16, residual stream x 2^16": 16, "bf16, residual stream x 2^16": 16,
              "fp16, training in e3m10": ["--train-precision", "e3m10"], "fp16, learning rate 0.3": ["--lr", "0.3"]}

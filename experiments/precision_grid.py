@@ -10,7 +10,7 @@ GPU. Writes results/precision_grid.json and .png.
 """
 import sys
 
-from experiments.lab import LAB, QUICK, Job, Lab, band, formats, paired, summary
+from experiments.lab import GPU, LAB, QUICK, Job, Lab, band, formats, paired, summary
 from sample import run_main
 
 FORMATS = ("fp32", "fp16", "bf16", "e8m2")
@@ -19,7 +19,7 @@ FORMATS = ("fp32", "fp16", "bf16", "e8m2")
 def main(argv=None):
     lab = Lab("precision_grid", __doc__, argv)
     size = lab.pick([*LAB, "--steps", "100"], [*QUICK, "--heldout", "0", "--steps", "3"],
-                    "--updates-per-batch 4 --steps 60 --heldout 0".split())
+                    [*GPU, "--steps", "60"])
     names = ("fp16", "e8m2") if lab.quick else FORMATS[:3] if lab.gpu else FORMATS
     pairs = [f"{a}/{b}" for a in names for b in names]
     jobs = [Job(p, s, (*lab.device(), *size, *formats(p), "--old-policy", "recomputed"))

@@ -13,10 +13,9 @@ results/sanity.json and .png.
 """
 import sys
 
-from experiments.lab import LAB, QUICK, Job, Lab, band, collapsed, formats, paired, summary
+from experiments.lab import GPU, LAB, QUICK, Job, Lab, band, collapsed, formats, paired, summary
 from sample import run_main
 
-GPU = "--updates-per-batch 4 --steps 100 --heldout 0".split()
 # as the paper names them: flags. GRPO is the paper's own baseline: the ratio forgets the sampler.
 ALGORITHMS = {
     "GRPO": "--algo dr-grpo --old-policy recomputed",
@@ -32,7 +31,7 @@ COLORS = dict(zip(MODES, ("C0", "C3", "C2", "C1")))
 
 def main(argv=None):
     lab = Lab("sanity", __doc__, argv, seeds=5)
-    size = lab.pick([*LAB, "--steps", "100"], [*QUICK, "--heldout", "0", "--steps", "3"], GPU)
+    size = lab.pick([*LAB, "--steps", "100"], [*QUICK, "--heldout", "0", "--steps", "3"], [*GPU, "--steps", "60"])
     algorithms = dict(list(ALGORITHMS.items())[:2]) if lab.quick else ALGORITHMS
     modes = MODES[::3] if lab.quick else MODES
     seeds = 1 if lab.quick else lab.seeds
