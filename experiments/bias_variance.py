@@ -105,7 +105,7 @@ def main(argv=None):
     lab = Lab("bias_variance", __doc__, argv)
     pairs, batches = (PAIRS[1:2] + PAIRS[-1:], 3) if lab.quick else (PAIRS[:4] if lab.gpu else PAIRS, 40)
     runs = []
-    for seed in range(1 if lab.quick else lab.seeds):
+    for seed in range(lab.seeds):
         runs.append(measure(lab, seed, pairs, batches))
         print(f"seed {seed}: {batches} batches; the reference gradient's variance is {runs[-1]['reference_variance']:.1f} times "
               "its squared norm", flush=True)

@@ -53,7 +53,7 @@ def slope(rows, key, low, high):
 
 def main(argv=None):
     lab = Lab("dial", __doc__, argv)
-    seeds = 1 if lab.quick else lab.seeds
+    seeds = lab.seeds
     rest = [f for f in LAB[LAB.index("--n-layers"):] if f]
     rest = rest[:rest.index("--base-steps")] + rest[rest.index("--base-batch"):]
     jobs, lengths = [], (1,) if lab.quick else LENGTHS

@@ -229,7 +229,7 @@ class Lab:
             add(p)
         self.args = a = p.parse_args(argv)
         self.name, self.quick, self.gpu = name, a.quick, a.preset == "gpu"
-        self.seeds = min(a.seeds, 2) if a.quick else a.seeds
+        self.seeds = 1 if a.quick else a.seeds
         self.workers = a.workers or (4 if self.gpu else os.cpu_count() or 1)
         self.folder = pathlib.Path(a.out) / "runs" if a.out else ROOT / "out" / "lab" / f"{name}{'-quick' if a.quick else ''}"
         self.out = pathlib.Path(a.out) if a.out else self.folder if a.quick else ROOT / "results"

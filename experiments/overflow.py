@@ -56,7 +56,7 @@ def main(argv=None):
     if lab.quick:
         cases = {k: v for k, v in cases.items() if "2^" in k and "2^8" not in k and "bf16" not in k}
     jobs, largest = [], {}
-    for seed in range(1 if lab.quick else lab.seeds):
+    for seed in range(lab.seeds):
         for name, how in cases.items():
             flags = [*lab.device(), *size, "--precision", name[:4], *(how if isinstance(how, list) else [])]
             cfg = parse_config([*flags, "--seed", str(seed)])[0]
