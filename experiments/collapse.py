@@ -6,9 +6,10 @@ sought.
 In the paper BF16 collapses after 150 to 1,200 steps with answers of thousands of tokens. Here everything that should bring it
 about at a small size is turned up, one thing at a time: learning rate, updates per batch, steps, standardised advantages (a
 nearly solved problem has the largest), no clip at all, longer answers, a task that does not saturate. Each setting runs with
-BF16 and FP16 on both sides, and with rollouts in either against FP32 training, a mismatch as of two engines. The rule, in LOG.md before the runs: a run has collapsed when its last 10 steps are 20 points below its best 10; a setting is a
-candidate when a BF16 run collapses and its FP16 twin does not, in more seeds than the other way round; a candidate is run
-again with `--setting NAME --seeds 5`, and is the answer if at least 4 of 5 BF16 runs collapse and no FP16 run does. Writes
+BF16 and FP16 on both sides, and with rollouts in either against FP32 training, a mismatch as of two engines. The rule, in
+LOG.md before the runs: a run has collapsed when its last 10 steps are 20 points below its best 10; a setting is a candidate
+when a BF16 run collapses and its FP16 twin does not, in more seeds than the other way round; a candidate is run again with
+`--setting NAME --seeds 5`, and is the answer if at least 4 of 5 BF16 runs collapse and no FP16 run does. Writes
 results/collapse.json and .png.
 """
 import sys

@@ -5,7 +5,7 @@
 The paper's offline test (arXiv 2510.26788, section 3): the same weights answer in one format and are scored in another. On
 R1-Distill-1.5B with two engines it finds a sequence KL of 7.64 in BF16 and 0.32 in FP16, 24 times less, and a log-ratio that
 falls by 1.01 and 0.07 nats per 1,000 tokens. Here the same forward code does both, in three formats, for two models: the base
-of an addition task of 6 digits (60 tokens of working), and one with random weights, deeper and wider, whose every token is
+of an addition task of 4 digits (41 tokens of working), and one with random weights, deeper and wider, whose every token is
 uncertain. FP16 exact stands beside them: the zero. Writes results/mismatch.json and .png.
 """
 import sys
@@ -23,7 +23,7 @@ from sample import Sampler, encode, run_main
 from train_rl import parse_config, score
 
 FORMATS = ("fp32", "bf16", "fp16")
-TRAINED = "--digits 6 --noise 0.08 --base-steps 1000 --base-batch 64".split()
+TRAINED = "--digits 4 --noise 0.1 --base-steps 500 --base-batch 64".split()
 QUICK = "--digits 1 --noise 0.3 --n-layers 2 --width 64 --mlp-width 192 --base-steps 300 --base-batch 64 --base-lr 4e-3".split()
 
 
