@@ -621,8 +621,8 @@ def train(cfg, given, run):
         say(f"self-test of exact mode: {self_test(model, sampler, task, problems, cfg, scaler, train_num)} tokens of a step of "
             "this job, the same bits in rollout and training")
 
-    def pass_at_1(problems, purpose):
-        model.use(rollout_num)
+    def pass_at_1(problems, purpose, num=rollout_num):
+        model.use(num)
         right = solve(
             sampler, task, problems, cfg.eval_tries, (cfg.seed, purpose), temperature=cfg.temperature, rows=cfg.rollout_rows
         )
@@ -748,7 +748,9 @@ def train(cfg, given, run):
             say(f"stopped at step {step}; go on with: python train_rl.py --resume {run.path}")
             return 130
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    status = verdict(cfg, run, changed, pass_at_1(problems, 8), before, pass_at_1(heldout, 6) if heldout else None, len(problems))
+    accuracy, after = pass_at_1(problems, 8), pass_at_1(heldout, 6) if heldout else None
+    learned = pass_at_1(problems, 8, train_num) if train_num is not rollout_num else accuracy
+    status = verdict(cfg, run, changed, accuracy, learned, before, after, len(problems))
     if cfg.plot:
         from experiments.curves import draw
         say(draw(run.path, history, f"rollout {cfg.rollout_format}, train {cfg.train_format}"))
@@ -768,7 +770,7 @@ def changed_settings(cfg):
     return [f.name for f in dataclasses.fields(Config) if f.name not in FREE and getattr(cfg, f.name) != getattr(preset, f.name)]
 
 
-def verdict(cfg, run, changed, accuracy, before, after, kept):
+def verdict(cfg, run, changed, accuracy, learned, before, after, kept):
     """The last lines, and the exit status: 0 for PASS or for a run that gets no verdict, 1 for FAIL."""
     if before is not None:
         say(f"held-out problems, pass@1 over {cfg.eval_tries} sampled answers each: {before:.3f} before, {after:.3f} after")
@@ -776,13 +778,15 @@ def verdict(cfg, run, changed, accuracy, before, after, kept):
         f"training accuracy, sampled at temperature {cfg.temperature:g}, {cfg.eval_tries} answers to each of the {kept} "
         f"problems: {accuracy:.3f}"
     )
+    if cfg.rollout_format != cfg.train_format:                          # the deployment gap: pi has learned, mu is deployed
+        say(f"the same answered in {cfg.train_format}, as it was trained: {learned:.3f}")
     passed = None if changed else accuracy >= 0.95
     if changed:
         say(f"no verdict: changed from the preset: {', '.join('--' + c.replace('_', '-') for c in changed)}")
     else:
         say(f"{'PASS' if passed else 'FAIL'}: the sanity test asks for 0.950 or more")
-    run.log(run.metrics, dict(result=dict(accuracy=accuracy, heldout_before=before, heldout_after=after, kept=kept, passed=passed,
-                                          changed=changed, seconds=time.time() - STARTED)))
+    run.log(run.metrics, dict(result=dict(accuracy=accuracy, accuracy_train=learned, heldout_before=before, heldout_after=after,
+                                          kept=kept, passed=passed, changed=changed, seconds=time.time() - STARTED)))
     return 1 if passed is False else 0
 
 

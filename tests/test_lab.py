@@ -106,6 +106,7 @@ def test_a_sweep_runs_resumes_and_reports(monkeypatch, tmp_path, capsys):
     said = capsys.readouterr().out
     assert [r["name"] for r in records] == ["bf16/fp32", "e2m3"] and "min to go" in said and "  2/2 " in said
     good, bad = records
+    assert 0 <= good["accuracy_train"] <= 1                                       # the deployment gap, formats being two
     assert len(good["curves"]["accuracy"]) == 3 and 0 <= good["accuracy"] <= 1 and min(good["curves"]["kl_k3"]) > 0
     assert "stopped: log-probs are no longer finite" in bad["failed"] and str(tmp_path) not in bad["failed"]
     assert not list((tmp_path / "runs").glob("*/run/checkpoint.pt"))              # a sweep has hundreds
