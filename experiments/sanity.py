@@ -13,7 +13,7 @@ results/sanity.json and .png.
 """
 import sys
 
-from experiments.lab import GPU, LAB, QUICK, Job, Lab, band, collapsed, formats, paired, summary
+from experiments.lab import GPU, LAB, QUICK, Job, Lab, band, collapsed, formats, paired, spread, summary
 from sample import run_main
 
 # as the paper names them: flags. GRPO is the paper's own baseline: the ratio forgets the sampler.
@@ -30,10 +30,13 @@ COLORS = dict(zip(MODES, ("C0", "C3", "C2", "C1")))
 
 
 def main(argv=None):
-    lab = Lab("sanity", __doc__, argv, seeds=5)
+    def add(p):
+        p.add_argument("--modes", nargs="+", default=[], help="other pairs of formats, rollout/train; into a file of their own")
+    lab = Lab("sanity", __doc__, argv, seeds=5, add=add)
     size = lab.pick([*LAB, "--steps", "100"], [*QUICK, "--heldout", "0", "--steps", "3"], [*GPU, "--steps", "60"])
     algorithms = dict(list(ALGORITHMS.items())[1:2]) if lab.quick else ALGORITHMS
-    modes = MODES[::3] if lab.quick else MODES
+    modes = lab.args.modes or (MODES[::3] if lab.quick else MODES)
+    name = "-".join(["sanity", *(m.replace("/", "-").replace(" ", "-") for m in lab.args.modes)])
     jobs = [Job(f"{a} {m}", s, (*lab.device(), *size, *formats(m), *flags.split()))
             for s in range(lab.seeds) for a, flags in algorithms.items() for m in modes]
     records = lab.sweep(jobs)
@@ -43,12 +46,16 @@ def main(argv=None):
     print(f"\n{'':28}" + "".join(f"{m:>22}" for m in modes) + "   training accuracy, sampled; sd over seeds; collapsed")
     for a in algorithms:
         print(f"{a:28}" + "".join(cell(result[f"{a} {m}"]) for m in modes))
+    learned = {n: spread([r["accuracy_train"] for r in records if r["name"] == n and "failed" not in r])
+               for n, s in result.items() if s["accuracy"] and "/" in n}
+    for n, s in learned.items():
+        print(f"{n}: the policy that learned, answering in training's format {s['mean']:.3f} sd {s['sd'] or 0:.3f}")
     for k, d in pairs.items():
         if d["se"] is not None:
             verdict = "differ" if d["significant"] else "no difference shown"
             print(f"{k}: {d['mean']:+.3f} (standard error {d['se']:.3f}): {verdict}")
-    lab.save(dict(summary=result, pairs=pairs, collapsed=sum(map(collapsed, records))), records)
-    draw(lab, records, algorithms, modes)
+    lab.save(dict(summary=result, pairs=pairs, collapsed=sum(map(collapsed, records)), learned=learned), records, name)
+    draw(lab, records, algorithms, modes, name)
 
 
 def cell(s):
@@ -59,7 +66,7 @@ def cell(s):
     return f"{text:>22}"
 
 
-def draw(lab, records, algorithms, modes):
+def draw(lab, records, algorithms, modes, name):
     plot = lab.figure(2, -(-len(algorithms) // 2), (12, 6.6), sharex=True, sharey=True)
     if not plot:
         return
@@ -68,12 +75,13 @@ def draw(lab, records, algorithms, modes):
         for m in modes:
             rs = [r for r in records if r["name"] == f"{a} {m}"]
             kl = summary(rs)[f"{a} {m}"]["kl_k3"]
-            band(ax, rs, "accuracy", f"{m} (KL {kl:.0e})", window=min(5, len(rs[0]["curves"]["accuracy"])), color=COLORS[m])
+            band(ax, rs, "accuracy", f"{m} (KL {kl:.0e})", window=min(5, len(rs[0]["curves"]["accuracy"])),
+                 color=COLORS.get(m))
         ax.axhline(0.95, color="gray", lw=0.8, ls=":")
         ax.set(title=a, xlabel="RL step (4 updates each)", ylabel="sampled accuracy", ylim=(0, 1.02))
         ax.legend(fontsize=7, loc="lower right", title="rollout / train, nats a token", title_fontsize=7)
     fig.suptitle(f"sanity test: mean and range of {len({r['seed'] for r in records})} seeds, dotted: the paper's pass mark")
-    lab.draw(fig)
+    lab.draw(fig, name)
 
 
 if __name__ == "__main__":
