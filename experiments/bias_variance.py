@@ -97,7 +97,7 @@ def measure(lab, seed, pairs, batches):
                 g = gradient(model.use(nums[training]), *answers, settings, task.answer_length)
                 out.setdefault(f"{name} {pair}", Moments()).add(g, reference)
     scale = true.norm2()
-    return dict(reference_norm=scale ** 0.5, reference_variance=true.variance() / scale, estimates={
+    return dict(config=dataclasses.asdict(cfg), reference_norm=scale ** 0.5, reference_variance=true.variance() / scale, estimates={
         k: dict(bias2=m.bias2() / scale, variance=m.variance() / true.variance()) for k, m in out.items()})
 
 
@@ -118,7 +118,9 @@ def main(argv=None):
         print(f"\n{title:30}" + "".join(f"{p:>14}" for p in pairs))
         for name in NAMES:
             print(f"{name:30}" + "".join(f"{text(table[f'{name} {p}']):>14}" for p in pairs))
-    lab.save(dict(table=table, batches=batches, answers_per_batch=256, seeds=runs))
+    config = [r.pop("config") for r in runs][0]
+    answers = config["prompts"] * config["group"]
+    lab.save(dict(table=table, batches=batches, answers_per_batch=answers, seeds=runs), config=config)
     draw(lab, table, pairs)
 
 

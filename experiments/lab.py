@@ -26,9 +26,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from experiments.seeds import ROOT, spread
 from sample import Parser, ranged
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 # The job of most experiments: sums of two digits with 22 tokens of working, a model of 0.13 M parameters, four updates a batch
 # as in the paper, a constant learning rate. 100 steps take half a minute on one core, and in FP32 it comes to 98 %.
 LAB = ("--digits 2 --noise 0.2 --n-layers 2 --width 64 --mlp-width 192 --base-steps 600 --base-batch 64 --base-lr 4e-3 "
@@ -88,6 +88,7 @@ def run(job, folder, about):
     metrics = path / "run" / "metrics.jsonl"
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.exists() else []
     steps = [r for r in rows if "step" in r]
+    out["config"] = rows[0].get("config", {}) if rows else {}
     out["curves"] = {k: [short(m[k]) for m in steps] for k in CURVES}
     said = ((path / "log.txt").read_text(encoding="utf-8").strip().splitlines() or [""])[-1]
     if child.returncode in (0, 1) and rows and "result" in rows[-1]:
@@ -153,6 +154,13 @@ def describe(r):
 WINDOW = 10
 
 
+def spread(x):
+    """Mean, standard deviation over seeds, smallest and largest."""
+    x = np.array(x, dtype=float)
+    return dict(mean=round(x.mean(), 4), sd=round(x.std(ddof=1), 4) if len(x) > 1 else None, min=round(x.min(), 4),
+                max=round(x.max(), 4))
+
+
 def smooth(curve, window=WINDOW):
     """Mean over the last `window` steps, from the first full window on. Curves shorter than that: their mean."""
     c = np.nan_to_num(np.asarray(curve, float), nan=0.0, posinf=0.0, neginf=0.0)
@@ -216,9 +224,10 @@ def middle(rs, key):
 
 
 class Lab:
-    """What the commands have in common. `text`: the module's docstring; seeds: how many by default."""
+    """What the commands have in common. text: the module's docstring; seeds: how many by default; add(parser): more flags;
+    rest: keep flags that are not known, for train_rl.py."""
 
-    def __init__(self, name, text, argv, seeds=3, add=None):
+    def __init__(self, name, text, argv, seeds=3, add=None, rest=False):
         p = Parser(prog=f"experiments.{name}", description=text.split("\n\n")[0], allow_abbrev=False)
         p.add_argument("--seeds", type=ranged(int, 1, 100), default=seeds, help=f"0 to N-1, none left out (default {seeds})")
         p.add_argument("--quick", action="store_true", help="2 minutes or less, to see that it works; writes into out/")
@@ -227,7 +236,8 @@ class Lab:
         p.add_argument("--out", default="", help="folder for JSON, PNG and runs (default results, --quick: out/lab/NAME-quick)")
         if add:
             add(p)
-        self.args = a = p.parse_args(argv)
+        self.args, self.rest = p.parse_known_args(argv) if rest else (p.parse_args(argv), [])
+        a = self.args
         self.name, self.quick, self.gpu = name, a.quick, a.preset == "gpu"
         self.seeds = 1 if a.quick else a.seeds
         self.workers = a.workers or (4 if self.gpu else os.cpu_count() or 1)
@@ -250,11 +260,15 @@ class Lab:
         self.folder.mkdir(parents=True, exist_ok=True)
         return sweep(jobs, self.folder, self.workers)
 
-    def save(self, result, records=(), name=None):
+    def save(self, result, records=(), name=None, config=None):
         """results/NAME.json: the result, the runs, and what is needed to get them again."""
         path = self.out / f"{name or self.name}{self.suffix}.json"
-        about = dict(command=self.command, **machine(), seconds=round(time.time() - self.begin), workers=self.workers)
-        path.write_text(json.dumps(finite(dict(**about, result=result, runs=list(records))), separators=(",", ":"))
+        configs = [r["config"] for r in records if r.get("config")]
+        common = {k: v for k, v in configs[0].items() if all(c.get(k) == v for c in configs)} if configs else {}
+        records = [{k: v for k, v in r.items() if k != "config"} for r in records]        # what differs is in each run's command
+        about = dict(command=self.command, **machine(), seconds=round(time.time() - self.begin), workers=self.workers,
+                     config=config or common)
+        path.write_text(json.dumps(finite(dict(**about, result=result, runs=records)), separators=(",", ":"))
                         .replace('"result":', '\n"result":').replace('"runs":', '\n"runs":')
                         .replace('{"name":', '\n{"name":') + "\n",
                         encoding="utf-8")

@@ -8,6 +8,7 @@ falls by 1.01 and 0.07 nats per 1,000 tokens. Here the same forward code does bo
 of an addition task of 4 digits (41 tokens of working), and one with random weights, deeper and wider, whose every token is
 uncertain. FP16 exact stands beside them: the zero. Writes results/mismatch.json and .png.
 """
+import dataclasses
 import sys
 
 import numpy as np
@@ -108,7 +109,8 @@ def main(argv=None):
         for k, r in ratios[name].items():
             print(f"{k}: " + ", ".join(f"{what} {r[x]['mean']:.1f} times (sd {r[x]['sd'] or 0:.1f})" for what, x in (
                 ("sequence KL", "seq_kl_k3"), ("KL a token", "kl_k3"), ("mean gap", "logp_gap_mean"))))
-    lab.save(dict(table=table, ratios=ratios, seeds=result))
+    cfg = trained(lab, 0, lab.pick(TRAINED, QUICK, GPU), 1)[-1]
+    lab.save(dict(table=table, ratios=ratios, seeds=result), config=dataclasses.asdict(cfg))
     draw(lab, result)
 
 

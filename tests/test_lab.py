@@ -130,7 +130,7 @@ def test_every_experiment_has_a_quick_version(name, tmp_path, tmp_path_factory, 
     importlib.import_module(f"experiments.{name}").main(["--quick", "--out", str(tmp_path)])
     text = (tmp_path / f"{name}.json").read_text()
     report = json.loads(text)
-    assert {"command", "machine", "torch", "git", "sources", "date", "seconds", "result", "runs"} <= set(report)
+    assert {"command", "config", "machine", "torch", "git", "sources", "date", "seconds", "result", "runs"} <= set(report)
     assert "NaN" not in text and "Infinity" not in text
     assert f"experiments.{name} --quick" in report["command"] and report["seconds"] < 120
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
