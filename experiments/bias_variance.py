@@ -97,8 +97,9 @@ def measure(lab, seed, pairs, batches):
                 g = gradient(model.use(nums[training]), *answers, settings, task.answer_length)
                 out.setdefault(f"{name} {pair}", Moments()).add(g, reference)
     scale = true.norm2()
-    return dict(config=dataclasses.asdict(cfg), reference_norm=scale ** 0.5, reference_variance=true.variance() / scale, estimates={
-        k: dict(bias2=m.bias2() / scale, variance=m.variance() / true.variance()) for k, m in out.items()})
+    estimates = {k: dict(bias2=m.bias2() / scale, variance=m.variance() / true.variance()) for k, m in out.items()}
+    return dict(config=dataclasses.asdict(cfg), reference_norm=scale ** 0.5, reference_variance=true.variance() / scale,
+                estimates=estimates)
 
 
 def main(argv=None):
