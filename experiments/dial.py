@@ -135,8 +135,8 @@ def draw(lab, rows, records, result):
         spans = [[np.mean(y) - min(y)], [max(y) - np.mean(y)]]
         right.errorbar([kl], [np.mean(y)], yerr=spans, capsize=2, color=f"C{int(d) - 1}",
                        fmt="o" if "/" in mode else "s" if mode != "fp32" else "*", mfc=None if "/e" in mode else "none", ms=6)
-        right.annotate(mode.removeprefix("fp32/").removesuffix("/fp32").removesuffix(" exact"), (kl, np.mean(y)), fontsize=6, xytext=(4, 2),
-                       textcoords="offset points")
+        fmt = mode.removeprefix("fp32/").removesuffix("/fp32").removesuffix(" exact")
+        right.annotate(fmt, (kl, np.mean(y)), fontsize=6, xytext=(4, 2), textcoords="offset points")
     for d in dict.fromkeys(n.split()[0] for n in result):
         right.plot([], [], "o", color=f"C{int(d) - 1}", label=f"{d} digits")
     right.plot([], [], "o", color="gray", label="training rounds, the rollout does not")
