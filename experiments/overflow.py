@@ -15,7 +15,7 @@ import sys
 
 import torch
 
-from data import CACHE, draw_problems, make_task, stream
+from data import draw_problems, make_task, stream
 from data.base import find_base, get_base, gpt_config
 from experiments.lab import GPU, LAB, QUICK, Job, Lab, band, summary
 from fast import numerics
@@ -36,7 +36,7 @@ def grown(lab, cfg, k):
                 p *= 2.0 ** k
     save_checkpoint(cache / path.parent.name / path.name, model, config=dataclasses.asdict(gpt_config(cfg, make_task(
         cfg.task, cfg.digits, cfg.noise))))
-    for library in CACHE.glob("*.so"):                          # compiled operators need not be compiled again
+    for library in path.parent.parent.glob("*.so"):                          # compiled operators need not be compiled again
         shutil.copy(library, cache)
     num, largest = numerics("fp32", device, fast=False), [0.0]
     num.spy = lambda where, kind, x: largest.append(float(x.abs().max()))

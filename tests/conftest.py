@@ -11,6 +11,12 @@ DEVICES = ["cpu", "exact"] + ["compiled"] * COMPILED + ["cuda"] * torch.cuda.is_
 _kind = ["cpu"]
 
 
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """A cache of base models and compiled operators for all tests that start real commands: the small base is made once."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(params=DEVICES)
 def device(request):
     """Every test that takes it runs on the CPU with torch's operators, with the exact ones, with the compiled ones, and on a GPU

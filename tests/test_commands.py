@@ -30,9 +30,11 @@ WAYS = {"fp16": [], "bf16": "--algo dapo --updates-per-batch 2 --kl-beta 0.01".s
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """One folder for runs and for the base models' cache, so that only the first test of this file makes a base."""
-    return tmp_path_factory.mktemp("home")
+def home(tmp_path_factory, cache):
+    """One folder for runs, with the cache in it."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "cache").symlink_to(cache)
+    return folder
 
 
 @pytest.fixture(scope="module")

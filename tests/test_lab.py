@@ -96,10 +96,10 @@ def test_moments_of_gradients():
 # --- the runner
 
 
-def test_a_sweep_runs_resumes_and_reports(monkeypatch, tmp_path, capsys):
+def test_a_sweep_runs_resumes_and_reports(monkeypatch, tmp_path, cache, capsys):
     """Two formats, one that overflows; a second sweep runs nothing; another version of the sources runs all of it again."""
-    monkeypatch.setenv("TENBIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("data.base.CACHE", tmp_path / "cache")
+    monkeypatch.setenv("TENBIT_CACHE", str(cache))
+    monkeypatch.setattr("data.base.CACHE", cache)
     jobs = [lab.Job("bf16/fp32", 0, (*JOB, *lab.formats("bf16/fp32"))),
             lab.Job("e2m3", 0, (*JOB, *lab.formats("fp32/e2m3")))]
     records = lab.sweep(jobs, tmp_path / "runs", 2)
@@ -122,9 +122,8 @@ def test_a_sweep_runs_resumes_and_reports(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", [
     "mismatch", "sanity", "precision_grid", "bias_variance", "loss_scale", "overflow", "dial", "collapse"])
-def test_every_experiment_has_a_quick_version(name, tmp_path, tmp_path_factory, monkeypatch, capsys):
+def test_every_experiment_has_a_quick_version(name, tmp_path, cache, monkeypatch):
     """It runs, and leaves a JSON file with its provenance and a picture."""
-    cache = tmp_path_factory.getbasetemp() / "lab-cache"                          # one base for all of them
     monkeypatch.setenv("TENBIT_CACHE", str(cache))
     monkeypatch.setattr("data.base.CACHE", cache)
     importlib.import_module(f"experiments.{name}").main(["--quick", "--out", str(tmp_path)])
