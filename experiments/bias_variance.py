@@ -137,22 +137,27 @@ def draw(lab, table, pairs):
     if not plot:
         return
     fig, axes = plot
-    x, width = np.arange(len(pairs)), 0.8 / len(NAMES)
     for i, name in enumerate(NAMES):
-        at = x + (i - len(NAMES) / 2 + 0.5) * width
-        b = [table[f"{name} {p}"]["bias2"] for p in pairs]
-        v = [table[f"{name} {p}"]["variance"] for p in pairs]
-        root = np.sqrt(np.maximum([y["mean"] for y in b], 1e-8))
-        high = np.sqrt(np.maximum([y["mean"] + (y["sd"] or 0) for y in b], 1e-8))
-        axes[0, 0].bar(at, root, width, yerr=[0 * root, high - root], label=name, color=f"C{i}", error_kw=dict(lw=0.8))
-        axes[0, 1].bar(at, [y["mean"] for y in v], width, yerr=[y["sd"] or 0 for y in v], color=f"C{i}", error_kw=dict(lw=0.8))
-    axes[0, 0].set(title="bias of the gradient", ylabel="relative to the gradient's norm", yscale="log")
-    axes[0, 1].set(title="variance between batches", ylabel="relative to the reference's")
+        for j, p in enumerate(pairs):
+            at, s = j + (i - len(NAMES) / 2 + 0.5) * 0.1, table[f"{name} {p}"]
+            mean, noise = s["bias2"]["mean"], s["bias2"]["sd"] or abs(s["bias2"]["mean"])
+            label = name if j == 0 else None
+            if mean > noise:
+                low, high = (mean - noise) ** 0.5, (mean + noise) ** 0.5
+                axes[0, 0].errorbar([at], [mean ** 0.5], yerr=[[mean ** 0.5 - low], [high - mean ** 0.5]], fmt="o", ms=5, lw=1,
+                                    color=f"C{i}")
+            else:
+                axes[0, 0].plot([at], [(max(mean, 0) + noise) ** 0.5], "v", ms=5, mfc="none", color=f"C{i}")
+            v = s["variance"]
+            axes[0, 1].errorbar([at], [v["mean"]], yerr=[v["sd"] or 0], fmt="o", ms=5, lw=1, color=f"C{i}", label=label)
+    axes[0, 0].set(title="bias of the gradient (triangles: less than this)", ylabel="relative to the gradient's norm",
+                   yscale="log")
+    axes[0, 1].set(title="variance between batches", ylabel="relative to the reference's", yscale="log")
     axes[0, 1].axhline(1, color="gray", lw=0.8, ls=":")
     for ax in axes.flat:
-        ax.set_xticks(x, pairs, fontsize=8)
-        ax.set_xlabel("rollout / train; bars: mean over seeds, whiskers: one standard deviation")
-    axes[0, 0].legend(fontsize=7)
+        ax.set_xticks(range(len(pairs)), pairs, fontsize=8)
+        ax.set_xlabel("rollout / train; mean over seeds, bars: one standard deviation")
+    axes[0, 1].legend(fontsize=7, loc="upper left")
     lab.draw(fig)
 
 
