@@ -4,8 +4,9 @@
 
 Left: exponents of all gradients of activations in one step, FP32, as they are; what FP16 cannot hold it turns to zero. Middle:
 the share lost for any loss scale. The gradients of a batch shrink as 1 / (tokens of the batch), so a long-answer job has
-smaller ones: the scale's axis is the answer to "what if" too. Right: learning in FP16 from first scales of 1 to 2^16, and in
-tf32, which has FP16's mantissa and FP32's exponents and no scale. Writes results/loss_scale.json and .png.
+smaller ones: the scale's axis is the answer to "what if" too. Right: learning in FP16 from first scales of 1 to 2^16, in tf32,
+which has FP16's mantissa and FP32's exponents and no scale, and in e4m10, whose smallest number is 256 times as large as
+FP16's: what FP16 would do with batches of 256 times as many tokens. Writes results/loss_scale.json and .png.
 """
 import sys
 
@@ -59,6 +60,8 @@ def main(argv=None):
     seeds = lab.seeds
     names = {**{f"fp16, scale 2^{k}": ["--precision", "fp16", "--init-scale", str(2.0 ** k)] for k in scales},
              "tf32, no scale": ["--precision", "tf32"]}
+    if not lab.quick:                                           # as FP16 would be with batches of 256 times as many tokens
+        names |= {f"e4m10, scale 2^{k}": ["--precision", "e4m10", "--init-scale", str(2.0 ** k)] for k in (0, 10)}
     records = lab.sweep([Job(n, s, (*lab.device(), *size, *f)) for s in range(seeds) for n, f in names.items()])
     result = summary(records)
     counts = [exponents(parse_config([*lab.device(), *size, "--seed", str(seed)])[0], seed) for seed in range(seeds)]
@@ -70,6 +73,10 @@ def main(argv=None):
         print(f"scale 2^{k}: FP16 turns {share[k]['mean']:.2%} of the others to zero, BF16 "
               f"{np.mean([lost(c, k, bf16) for c in counts]):.2%}")
     pairs = {f"{n} - tf32": paired(records, n, "tf32, no scale") for n in names if n != "tf32, no scale"}
+    if not lab.quick:
+        pairs["e4m10, 2^0 - 2^10"] = d = paired(records, "e4m10, scale 2^0", "e4m10, scale 2^10")
+        print(f"e4m10 without a scale against e4m10 with one: {d['mean'] or 0:+.3f} (standard error {d['se'] or 0:.3f}), "
+              f"{'differ' if d['significant'] else 'no difference shown'}")
     for n, s in result.items():
         a, d = s["accuracy"], pairs.get(f"{n} - tf32", {})
         told = f"; against tf32 {d['mean']:+.3f} (standard error {d['se']:.3f})" if d.get("se") is not None else ""
