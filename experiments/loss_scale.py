@@ -88,8 +88,9 @@ def main(argv=None):
         e, c = np.arange(LOW, HIGH), np.sum(counts, 0)[1:]
         ax[0].bar(e, c / c.sum(), 1.0, color="gray")
         for k, color in ((0, "C3"), (16, "C0")):
-            ax[0].axvline(int(np.log2(fp16.smallest)) - 1 - k, color=color, label=f"FP16 loses what is left of this, scale 2^{k}")
-        ax[0].set(title="gradients of activations, FP32", xlabel="exponent of 2", ylabel="share", xlim=(-60, 5))
+            ax[0].axvline(int(np.log2(fp16.smallest)) - 1 - k, color=color, label=f"left of this FP16 has zeros, scale 2^{k}")
+        ax[0].set(title="gradients of activations, FP32", xlabel="exponent of 2", ylabel="share", xlim=(-60, 5),
+                  ylim=(0, 1.3 * (c / c.sum()).max()))
         ax[0].legend(fontsize=7, loc="upper left")
         ax[1].plot(list(share), [s["mean"] for s in share.values()], "o-", ms=3)
         ax[1].axvline(16, color="C0", ls=":", label="the first scale of a run")
