@@ -41,8 +41,10 @@ def main(argv=None):
             for s in range(lab.seeds) for a, flags in algorithms.items() for m in modes]
     records = lab.sweep(jobs)
     result = summary(records)
-    pairs = {f"{a}: {x} - {y}": paired(records, f"{a} {x}", f"{a} {y}") for a in algorithms
-             for x, y in (("fp16", "bf16"), ("e8m5/fp32", "e8m2/fp32")) if x in modes and y in modes}
+    compared = [("fp16", "bf16"), ("e8m5/fp32", "e8m2/fp32")] if modes == MODES else list(zip(modes, modes[1:]))
+    pairs = {f"{a}: {x} - {y}": paired(records, f"{a} {x}", f"{a} {y}") for a in algorithms for x, y in compared}
+    first = list(algorithms)[0]
+    pairs |= {f"{m}: {a} - {first}": paired(records, f"{a} {m}", f"{first} {m}") for m in modes for a in list(algorithms)[1:]}
     print(f"\n{'':28}" + "".join(f"{m:>22}" for m in modes) + "   training accuracy, sampled; sd over seeds; collapsed")
     for a in algorithms:
         print(f"{a:28}" + "".join(cell(result[f"{a} {m}"]) for m in modes))
