@@ -25,7 +25,8 @@ import torch
 
 def centred(rewards):
     """r - mean of the group (Dr.GRPO: Liu et al. 2025, arXiv 2503.20783). Example: [.5, .5, -.5, -.5]."""
-    return rewards - rewards.mean(1, keepdim=True)
+    agree = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)      # the mean of equal fractions may be off by a bit
+    return torch.where(agree, 0.0, rewards - rewards.mean(1, keepdim=True))
 
 
 def standardised(rewards):
@@ -92,8 +93,8 @@ def k3(logp, logp_ref):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Averages: the loss is sum(loss * weight) / units.sum(), over the tokens that the correction kept. Rejected tokens count in
-# neither: left in the denominator they would lower the learning rate without a word.
+# Averages: the loss is sum(loss * weight) / units.sum(), over the tokens that the correction kept. What is rejected counts in
+# neither: left in the denominator it would lower the learning rate without a word.
 
 
 def mean(x, mask):
@@ -108,7 +109,8 @@ def per_answer(kept, room):
 
 
 def constant(kept, room):
-    """Each token counts 1 / room, the longest possible answer, and the sum is divided by the answers: no such bias (Dr.GRPO)."""
+    """Each token counts 1 / room, the longest possible answer, and the sum is divided by the answers: no such bias (Dr.GRPO). So
+    a rejected token leaves no denominator, there being none of tokens; an answer does when all of its tokens are rejected."""
     return torch.full((len(kept), 1), 1 / room, device=kept.device), kept.any(1).float()
 
 
@@ -137,8 +139,8 @@ def geometric(log_ratio, mask):
 
 
 def truncate(rho, low, high):
-    """min(rho, high): TIS, truncated importance sampling."""
-    return rho.clamp(max=high), torch.ones_like(rho, dtype=torch.bool)
+    """min(rho, high), and not below low: TIS, truncated importance sampling."""
+    return rho.clamp(low, high), torch.ones_like(rho, dtype=torch.bool)
 
 
 def reject(rho, low, high):
@@ -167,12 +169,18 @@ CORRECTIONS = {
 }
 
 
+def band(name, low=-1.0, high=-1.0):
+    """The ends of a correction's band: its own where -1 is given."""
+    _, _, own_low, own_high = CORRECTIONS[name]
+    return own_low if low < 0 else low, own_high if high < 0 else high
+
+
 def correct(name, log_ratio, mask, low=-1.0, high=-1.0):
     """log(pi / mu) (R, T) -> weight (R, T), kept (R, T) bool, False off the answers. low, high: -1 takes the correction's own."""
     if name == "none":
         return mask.float(), mask
-    level, rule, own_low, own_high = CORRECTIONS[name]
-    weight, kept = rule(level(log_ratio.detach(), mask), own_low if low < 0 else low, own_high if high < 0 else high)
+    level, rule, _, _ = CORRECTIONS[name]
+    weight, kept = rule(level(log_ratio.detach(), mask), *band(name, low, high))
     return weight * mask, kept & mask
 
 

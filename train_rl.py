@@ -24,6 +24,7 @@ algorithms.py. Left out: a critic, a Trainer class.
 import argparse
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -38,7 +39,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from algorithms import ALGORITHMS, CORRECTIONS, overlong, policy_loss
+from algorithms import ALGORITHMS, CORRECTIONS, band, overlong, policy_loss
 from data import TASKS, Problem, draw_problems, load_problems, make_task, stream
 from data.base import clock, find_base, get_base, gpt_config
 from fast import library, numerics
@@ -148,7 +149,7 @@ FREE = set("""preset device seed base_seed out resume precision rollout_precisio
 
 # What a resumed run may be told anew. A model's shape is compared with the checkpoint's and refused there, with both numbers.
 CAN_CHANGE_ON_RESUME = set("""resume device steps precision rollout_precision train_precision exact algo old_policy
-    correction correction_low correction_high updates_per_batch dynamic_sampling overlong lr lr_warmup lr_schedule
+    correction correction_low correction_high dynamic_sampling overlong lr lr_warmup lr_schedule
     clip_low clip_high grad_clip micro_batch rollout_rows fast eval_tries save_every sample_every plot plan bench
     n_layers width n_heads n_kv_heads mlp_width""".split())
 
@@ -172,7 +173,7 @@ def parse_config(argv=None):
     use_gpu = preset == "gpu" or (preset == "auto" and device.type == "cuda")
     algorithm = ALGORITHMS[given.get("algo", Config.algo)].settings
     cfg = Config(**{**(GPU if use_gpu else {}), **algorithm, **given, "preset": "gpu" if use_gpu else "cpu"})
-    return check(cfg), given
+    return cfg if cfg.resume else check(cfg), given                     # a resumed run's settings are not complete yet
 
 
 def check(cfg):
@@ -184,6 +185,10 @@ def check(cfg):
     if cfg.correction not in ("none", "geometric") and ALGORITHMS[cfg.algo].has_ratio and cfg.old_policy == "rollout":
         raise InputError(f"--correction {cfg.correction}: the ratio of --algo {cfg.algo} against the rollout holds the mismatch "
                          "already, and a weight would count it twice; add --old-policy recomputed")
+    if cfg.correction != "none":
+        low, high = band(cfg.correction, cfg.correction_low, cfg.correction_high)
+        if low > high:
+            raise InputError(f"--correction {cfg.correction} from {low:g} to {high:g} keeps nothing")
     if cfg.prompts % cfg.updates_per_batch:
         raise InputError(f"--prompts {cfg.prompts} must be a multiple of --updates-per-batch {cfg.updates_per_batch}")
     if cfg.keep_from > cfg.keep_to:
@@ -203,7 +208,7 @@ def learning_rate(cfg, updates):
     """Counted in updates: a step that the loss scaler skips must not use up the warm-up."""
     rise = min(1.0, (updates + 1) / (cfg.lr_warmup + 1))
     total = cfg.steps * cfg.updates_per_batch
-    return cfg.lr * min(rise, 1 - updates / total if cfg.lr_schedule == "linear" else 1.0)
+    return cfg.lr * min(rise, max(0.0, 1 - updates / total) if cfg.lr_schedule == "linear" else 1.0)
 
 
 def collect(sampler, task, problems, cfg, seed):
@@ -237,7 +242,8 @@ def collect_step(sampler, task, problems, drawn, cfg, step):
     if len(parts) == 1:
         return rollouts[0], texts[0], batches[0], seen[0], seen[0], drawn
     seen, texts, batch = torch.cat(seen), sum(texts, []), sum(batches, [])
-    groups = torch.argsort((seen.std(1, correction=0) == 0).int(), stable=True)[:cfg.prompts]          # those with signal first
+    groups = torch.argsort((seen.std(1, correction=0) == 0).int(), stable=True)[:cfg.prompts]        # those with signal first ...
+    groups = groups.sort().values                                       # ... and then as they came: each update gets its share
     rows = (groups[:, None] * cfg.group + torch.arange(cfg.group)).flatten()
     rollout = Rollout.join(rollouts, PAD).rows(rows.to(sampler.model.embedding.device))
     return rollout, [texts[i] for i in rows.tolist()], [batch[g] for g in groups.tolist()], seen[groups], seen, drawn
@@ -293,7 +299,9 @@ def accumulate_gradient(model, rollout, advantage, cfg, scaler, room, rows=None,
             stats = {k: stats.get(k, 0.0) + float(v) for k, v in sums.items()}
             logp_train[part, :end] = logp.detach()
             entropy[part, :end] = torch.zeros_like(logp_train[part, :end]).masked_scatter(where, ent)
-    if kept not in (planned, 0.0):                                        # only now is it known how much the correction rejected
+    if kept == 0:                                                         # all rejected: no step, and not one of momentum alone
+        model.zero_grad(set_to_none=True)
+    elif kept != planned:                                                 # only now is it known how much the correction rejected
         for p in model.parameters():
             if p.grad is not None:
                 p.grad *= planned / kept
@@ -436,7 +444,8 @@ def perfectible(model, task, pool, cfg, say):
         return pool
     device = model.embedding.device
     _, path, base = find_base(cfg, device, say)
-    key = json.dumps([base, cfg.tries, cfg.temperature, cfg.rollout_rows, cfg.seed, [dataclasses.astuple(p) for p in pool]])
+    code = inspect.getsource(sys.modules[type(task).__module__])           # another reward, another set
+    key = json.dumps([base, code, cfg.tries, cfg.temperature, cfg.rollout_rows, cfg.seed, [dataclasses.astuple(p) for p in pool]])
     path = path.with_name(f"solved-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json")
     try:
         right = json.loads(path.read_text(encoding="utf-8"))
@@ -524,8 +533,8 @@ def not_exact(model, rollout, differ, advice):
     rows = torch.argsort(differ.any(1).int(), descending=True, stable=True)[:24]                   # one that differs first
     end = int(rollout.length[rows[0]])
     where = first_difference(model, rollout.tokens[rows, :end], min(int(rollout.prompt_length[rows].max()), end - 1))
-    return InputError(f"exact mode is not exact on this machine: {int(differ.sum())} of {int(rollout.is_answer.sum())} tokens "
-                      f"got other bits in training than in the rollout. First difference: {where}. {advice}")
+    return InputError(f"stopped: exact mode is not exact on this machine: {int(differ.sum())} of {int(rollout.is_answer.sum())} "
+                      f"tokens got other bits in training than in the rollout. First difference: {where}. {advice}")
 
 
 def batch_of(problems, drawn, cfg):
@@ -603,6 +612,8 @@ def train(cfg, given, run):
                 if len(encode(text)) > room:
                     raise InputError(f"{text!r} does not fit: {cfg.task} with --digits {cfg.digits} has room for {room} tokens")
         heldout = draw_problems(task, cfg.heldout, stream(cfg.seed, 5), {p.prompt for p in pool}) if cfg.heldout else []
+    if cfg.overlong > task.answer_length:
+        raise InputError(f"--overlong {cfg.overlong} is longer than the longest answer, {task.answer_length} tokens")
     rehearse(cfg, device, task, rollout_num, train_num)
     model = load_model(resumed, device, gpt_config(cfg, task)) if resumed else get_base(cfg, device, say)
     for num in (rollout_num, train_num):
@@ -686,7 +697,9 @@ def train(cfg, given, run):
         shaped = rewards.to(device).flatten() + overlong(lengths, task.answer_length, cfg.overlong)
         advantage = ALGORITHMS[cfg.algo].advantage(shaped.view(-1, cfg.group)).flatten()
         # pi_old is recomputed if the policy is about to move under it; before the first update it is pi, and costs nothing
-        logp_old = score(model, rollout, cfg) if cfg.old_policy == "recomputed" and cfg.updates_per_batch > 1 else None
+        decoupled = cfg.old_policy == "recomputed" and ALGORITHMS[cfg.algo].has_ratio
+        pi_before = score(model, rollout, cfg) if cfg.updates_per_batch > 1 and (decoupled or cfg.exact) else None
+        logp_old = pi_before if decoupled else None
         logp_ref = score(reference, rollout, cfg) if reference else None
         losses, norms, sums, entropy = [], [], {}, torch.zeros_like(rollout.logp)
         for rows in torch.arange(len(lengths), device=device).chunk(cfg.updates_per_batch):      # whole groups
@@ -699,7 +712,7 @@ def train(cfg, given, run):
                 model.use(train_num if torch.isfinite(mu).all() else rollout_num)
                 raise broken(run, "log-probs are no longer finite", first_bad_layer(model, *update))
             if not losses:  # before any update: this is the mismatch and nothing else. Later answers have an update between
-                first, at, n = (logp_train, here, lengths[rows]) if logp_old is None else (logp_old, where, lengths)
+                first, at, n = (logp_train, here, lengths[rows]) if pi_before is None else (pi_before, where, lengths)
                 gaps = mismatch(rollout.logp[at], first[at], n)
                 if cfg.exact and gaps["exact_share"] < 1:
                     raise not_exact(model, rollout, at & (rollout.logp != first),
@@ -805,6 +818,9 @@ def main(argv=None):
         fixed = [k for k in given if k not in CAN_CHANGE_ON_RESUME]
         if fixed:
             raise InputError(f"--{fixed[0].replace('_', '-')} was settled when the run began and cannot change on --resume")
+        if "algo" in given:                                             # with its own settings, and without those of the old one
+            own = {k: getattr(Config, k) for a in ALGORITHMS.values() for k in a.settings}
+            saved["config"].update({**own, **ALGORITHMS[given["algo"]].settings})
         if "precision" in given:                                        # for both sides, whatever was set apart before
             saved["config"].update(rollout_precision="", train_precision="")
         cfg = check(Config(**{**saved["config"], **given}))

@@ -98,7 +98,8 @@ def run(job, folder, about):
     else:                                                      # killed, or wrong flags: no outcome of the experiment
         raise SystemExit(f"{job.name}, seed {job.seed} (exit status {child.returncode}): {said}")
     (path / "run" / "checkpoint.pt").unlink(missing_ok=True)   # a sweep has hundreds
-    record.write_text(json.dumps(out), encoding="utf-8")
+    record.with_suffix(".partial").write_text(json.dumps(out), encoding="utf-8")
+    os.replace(record.with_suffix(".partial"), record)
     return out
 
 
@@ -179,7 +180,7 @@ def last(r):
 
 def collapsed(r, drop=0.2):
     """The rule, written before the runs: the last WINDOW steps are `drop` or more below the best WINDOW, or the run broke off."""
-    return last(r) <= best(r) - drop
+    return "failed" in r or last(r) <= best(r) - drop
 
 
 # Student's t, two-sided, 5 %: number of pairs -> limit. Beyond the table the last one, which is a little too strict.
@@ -187,8 +188,9 @@ LIMITS = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.3
 
 
 def paired(records, a, b, value=lambda r: r["accuracy"]):
-    """Difference a - b of a value, seed by seed: mean, its standard error, and whether it is more than Student's t allows."""
-    one, two = ({r["seed"]: value(r) for r in records if r["name"] == m and "failed" not in r} for m in (a, b))
+    """Difference a - b of a value, seed by seed: mean, its standard error, and whether it is more than Student's t allows. A run
+    that broke off has the value 0: left out, the format that kills its worst runs would look the better for it."""
+    one, two = ({r["seed"]: 0.0 if "failed" in r else value(r) for r in records if r["name"] == m} for m in (a, b))
     d = np.array([one[s] - two[s] for s in sorted(one) if s in two])
     if len(d) < 2:
         return dict(seeds=len(d), mean=None, se=None, significant=None)
@@ -217,6 +219,11 @@ def middle(rs, key):
     """Mean over steps, then over seeds, of what is finite."""
     values = [v for r in rs for v in [np.asarray(r["curves"][key], float)] for v in [v[np.isfinite(v)]] if len(v)]
     return float(np.mean([v.mean() for v in values])) if values else None
+
+
+def number(x, spec):
+    """x in this format, or - where no run came far enough to have one."""
+    return "-" if x is None else format(x, spec)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,6 +274,7 @@ class Lab:
         common = {k: v for k, v in configs[0].items() if all(c.get(k) == v for c in configs)} if configs else {}
         records = [{k: v for k, v in r.items() if k != "config"} for r in records]        # what differs is in each run's command
         about = dict(command=self.command, **machine(), seconds=round(time.time() - self.begin), workers=self.workers,
+                     run_seconds=round(sum(r["wall"] for r in records)),        # `seconds` leaves out what was run before
                      config=config or common)
         path.write_text(json.dumps(finite(dict(**about, result=result, runs=records)), separators=(",", ":"))
                         .replace('"result":', '\n"result":').replace('"runs":', '\n"runs":')

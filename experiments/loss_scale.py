@@ -2,7 +2,7 @@
 
     python -m experiments.loss_scale
 
-Left: exponents of all gradients of activations in one step, FP32, as they are; what FP16 cannot hold it turns to zero. Middle:
+Left: exponents of all gradients of activations in one update, FP32, as they are; what FP16 cannot hold it turns to zero. Middle:
 the share lost for any loss scale. The gradients of a batch shrink as 1 / (tokens of the batch), so a long-answer job has
 smaller ones: the scale's axis is the answer to "what if" too. Right: learning in FP16 from first scales of 1 to 2^16, in tf32,
 which has FP16's mantissa and FP32's exponents and no scale, and in e4m10, whose smallest number is 256 times as large as
@@ -41,7 +41,8 @@ def exponents(cfg, seed):
             e = torch.where(x == 0, LOW - 1.0, x.abs().log2().floor().clamp(LOW, HIGH - 1)).long() - LOW + 1
             counts[:] += torch.bincount(e.flatten(), minlength=len(counts)).cpu().numpy()
     num.spy = spy
-    accumulate_gradient(model, rollout, centred(rewards).flatten().to(device), cfg, make_scaler(num), task.answer_length)
+    rows = torch.arange(len(rollout.length), device=device).chunk(cfg.updates_per_batch)[0]      # one update's, as a run has
+    accumulate_gradient(model, rollout, centred(rewards).flatten().to(device), cfg, make_scaler(num), task.answer_length, rows)
     return counts
 
 

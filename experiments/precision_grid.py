@@ -10,7 +10,7 @@ GPU. Writes results/precision_grid.json and .png.
 """
 import sys
 
-from experiments.lab import GPU, LAB, QUICK, Job, Lab, band, formats, paired, summary
+from experiments.lab import GPU, LAB, QUICK, Job, Lab, band, formats, number, paired, summary
 from sample import run_main
 
 FORMATS = ("fp32", "fp16", "bf16", "e8m2")
@@ -26,11 +26,12 @@ def main(argv=None):
             for s in range(lab.seeds) for p in pairs]
     records = lab.sweep(jobs)
     result = summary(records)
-    fastest = min(s["step_seconds"] for s in result.values())
+    fastest = min(s["step_seconds"] or float("inf") for s in result.values())
     for title, text in (("training accuracy", lambda s: f"{s['accuracy']['mean']:.3f}" if s["accuracy"] else "broke off"),
                         ("runs that collapsed", lambda s: f"{s['collapsed']} of {s['seeds']}"),
-                        ("mean gap, nats", lambda s: f"{s['gap_mean']:.1e}"), ("KL a token, nats", lambda s: f"{s['kl_k3']:.1e}"),
-                        ("time of a step", lambda s: f"{s['step_seconds'] / fastest:.2f}")):
+                        ("mean gap, nats", lambda s: number(s["gap_mean"], ".1e")),
+                        ("KL a token, nats", lambda s: number(s["kl_k3"], ".1e")),
+                        ("time of a step", lambda s: number(s["step_seconds"] and s["step_seconds"] / fastest, ".2f"))):
         print(f"\n{title}; training in\nrollout in" + "".join(f"{b:>12}" for b in names))
         for a in names:
             print(f"{a:10}" + "".join(f"{text(result[f'{a}/{b}']):>12}" for b in names))
@@ -48,7 +49,7 @@ def main(argv=None):
                 rs, s = [r for r in records if r["name"] == f"{a}/{b}"], result[f"{a}/{b}"]
                 band(axes[i, j], rs, "accuracy", "", window=min(5, len(rs[0]["curves"]["accuracy"])), color="C0")
                 axes[i, j].axhline(0.95, color="gray", lw=0.8, ls=":")
-                axes[i, j].set(title=f"rollout {a}, train {b}: KL {s['kl_k3']:.0e}", ylim=(0, 1.02),
+                axes[i, j].set(title=f"rollout {a}, train {b}: KL {number(s['kl_k3'], '.0e')}", ylim=(0, 1.02),
                                xlabel="RL step" if i == len(names) - 1 else "", ylabel="sampled accuracy" if j == 0 else "")
                 axes[i, j].title.set_fontsize(9)
         fig.suptitle(f"GRPO, mean and range of {len({r['seed'] for r in records})} seeds; KL in nats a token")

@@ -13,7 +13,7 @@ results/sanity.json and .png.
 """
 import sys
 
-from experiments.lab import GPU, LAB, QUICK, Job, Lab, band, collapsed, formats, paired, spread, summary
+from experiments.lab import GPU, LAB, QUICK, Job, Lab, band, collapsed, formats, number, paired, spread, summary
 from sample import run_main
 
 # as the paper names them: flags. GRPO is the paper's own baseline: the ratio forgets the sampler.
@@ -77,7 +77,7 @@ def draw(lab, records, algorithms, modes, name):
         for m in modes:
             rs = [r for r in records if r["name"] == f"{a} {m}"]
             kl = summary(rs)[f"{a} {m}"]["kl_k3"]
-            band(ax, rs, "accuracy", f"{m} (KL {kl:.0e})", window=min(5, len(rs[0]["curves"]["accuracy"])),
+            band(ax, rs, "accuracy", f"{m} (KL {number(kl, '.0e')})", window=min(5, len(rs[0]["curves"]["accuracy"])) or 1,
                  color=COLORS.get(m))
         ax.axhline(0.95, color="gray", lw=0.8, ls=":")
         ax.set(title=a, xlabel="RL step (4 updates each)", ylabel="sampled accuracy", ylim=(0, 1.02))

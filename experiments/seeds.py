@@ -19,7 +19,7 @@ from sample import run_main
 def main(argv=None):
     lab = Lab("seeds", __doc__, argv, seeds=10, rest=True)
     lab.workers = 1
-    flags = (*lab.device(), *([*QUICK, "--steps", "3"] if lab.quick else []), *lab.rest)
+    flags = (*lab.device(), *([*QUICK, "--heldout", "10", "--steps", "3"] if lab.quick else []), *lab.rest)
     name = "seeds-" + ("-".join(f.lstrip("-").replace("/", "_") for f in lab.rest) or "default")
     with tempfile.TemporaryDirectory() as cold:
         records = lab.sweep([Job(name, s, flags, os.cpu_count() or 1, (("TENBIT_CACHE", f"{cold}/{s}"),))

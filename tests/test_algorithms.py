@@ -53,6 +53,9 @@ def test_advantages():
     assert close(standardised(r), want, atol=1e-5)
     assert close(leave_one_out(r), torch.tensor([[2, 2, -2, -2], [0, 0, 0, 0], [3, -1, -1, -1]]) / 3)
     assert close(batch_baseline(r), r - 7 / 12)
+    for k in range(1, 100):                                        # a group that agrees, on a fraction whose mean is off by a bit
+        for advantage in (centred, standardised, leave_one_out):
+            assert (advantage(torch.full((3, 6), k / 100)) == 0).all()
 
 
 def test_overlong_shaping():
@@ -311,6 +314,7 @@ def test_algorithms_bring_their_settings_and_flags_win():
     (["--correction", "token-tis"], "twice; add --old-policy recomputed"),
     (["--algo", "gspo", "--correction", "seq-mis"], "twice"),
     (["--updates-per-batch", "3"], "multiple of --updates-per-batch"),
+    (["--algo", "pg", "--correction", "token-mis", "--correction-high", "0.3"], "from 0.5 to 0.3 keeps nothing"),
 ])
 def test_combinations_that_make_no_sense(flags, words):
     with pytest.raises(InputError, match=words):

@@ -212,10 +212,24 @@ def test_what_cannot_be_done_is_said_in_one_line(here, learns):
             (["--data", "long.jsonl", *SMALL], "'123456789.1=' does not fit"),
             (["--digits", "1"], "too few different problems for 256"),
             (["--resume", "learns", "--pool", "9"], "--pool was settled when the run began"),
+            (["--resume", "learns", "--updates-per-batch", "4"], "--updates-per-batch was settled"),
+            (["--resume", "learns", "--overlong", "99"], "longer than the longest answer"),
             (["--resume", "learns", "--steps", "3"], "has done 2[57] steps")):
         with pytest.raises(InputError, match=words):
             train_rl.main(flags)
     assert not list((home / "out").glob("*/metrics.jsonl"))
+
+
+def test_another_algorithm_on_resume_brings_its_settings(here, learns, monkeypatch):
+    """... and leaves behind those of the old one, but for what is given."""
+    seen = []
+    monkeypatch.setattr(train_rl, "train", lambda cfg, given, run: seen.append(cfg))
+    for flags in (["--algo", "gspo"], ["--algo", "pg-seq-is"], ["--algo", "dapo", "--clip-high", "0.5"], []):
+        train_rl.main(["--resume", "learns", *flags])
+    gspo, weighted, dapo, same = seen
+    assert gspo.clip_high == 4e-4 and weighted.correction == "seq-is" and weighted.clip_high == 0.2
+    assert dapo.clip_high == 0.5 and dapo.dynamic_sampling > 1 and same.algo == "dr-grpo" and same.prompts == 16
+    train_rl.main(["--resume", "learns", "--algo", "pg", "--correction", "token-tis"])       # fits pg, if not the default
 
 
 def test_a_base_that_diverged_is_not_kept(here, tmp_path, monkeypatch):

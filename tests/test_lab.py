@@ -28,7 +28,7 @@ def test_paired_differences_by_hand():
     assert d["mean"] == pytest.approx(0.125) and d["se"] == pytest.approx(0.025) and d["seeds"] == 4
     assert d["significant"] is True                                # 5 standard errors, more than 3.18
     records[0]["failed"] = "it stopped"
-    assert lab.paired(records, "x", "y")["seeds"] == 3             # its pair is left out, and that is said
+    assert lab.paired(records, "x", "y")["mean"] == pytest.approx(0)       # it counts as 0: 0 - 0.4, 0.1, 0.2, 0.1
     assert lab.paired(records, "x", "x")["significant"] is False
     few = [r for r in records if r["seed"] == 1]
     assert lab.paired(few, "x", "y") == dict(seeds=1, mean=None, se=None, significant=None)
@@ -40,6 +40,7 @@ def test_what_a_collapse_is():
     assert not lab.collapsed(record(accuracy=up)) and lab.best(record(accuracy=up)) == pytest.approx(np.mean(up[-10:]))
     assert lab.collapsed(record(accuracy=up + [0.6] * 10)) and not lab.collapsed(record(accuracy=up + [0.75] * 10))
     assert not lab.collapsed(record(accuracy=up + [0.1] * 5 + [0.9] * 10))
+    assert lab.collapsed(record(accuracy=[0.1] * 5, failed="stopped"))                 # however low it was
     assert lab.collapsed(record(accuracy=up, failed="stopped")) and lab.last(record(accuracy=up, failed="stopped")) == 0
     assert lab.best(record(accuracy=[])) == 0 and lab.best(record(accuracy=[0.2, 0.4])) == pytest.approx(0.3)
 

@@ -122,6 +122,19 @@ def test_the_recomputed_policy_is_the_training_forward():
         assert all(torch.equal(g, by_itself[n]) for n, g in gradients(model).items())
 
 
+def test_an_update_of_which_nothing_is_kept_moves_nothing():
+    """Not by Adam's momentum either: the gradients are none, not zero."""
+    model, out, a = case()
+    opt, scaler = torch.optim.AdamW(model.parameters(), fused=True), make_scaler(model.num)
+    accumulate_gradient(model, out, a, CFG, scaler, 20)
+    apply_gradient(model, opt, scaler, CFG, 1e-3)
+    before = [p.detach().clone() for p in model.parameters()]
+    cfg = dataclasses.replace(CFG, algo="pg", correction="token-mis", correction_low=50.0, correction_high=60.0)
+    loss, *_, sums = accumulate_gradient(model, out, a, cfg, scaler, 20)
+    assert loss == 0 and sums["kept"] == 0 and apply_gradient(model, opt, scaler, cfg, 1e-3) == (0.0, False)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+
+
 def test_a_penalty_pulls_towards_the_reference():
     """All advantages 0: only KL[pi || reference] acts. At the reference its gradient is 0; away from it a step lowers it."""
     model, out, a = case()
@@ -159,7 +172,7 @@ def test_dynamic_sampling_replaces_groups_that_agree():
     """Problems a (0 of 4 right), b (2), c (4), d (1), e (3), f (0), two a step: a batch of two with signal is looked for in at
     most three rollouts, in order, and what is thrown away still counts for the accuracy."""
     model, sampler = sampler_of(fmt="fp32")
-    sampler.generate, kept = (lambda *args: fixed_rollout(len(args[0]) * args[1])), []
+    sampler.generate = lambda *args: fixed_rollout(len(args[0]) * args[1])
     problems = [Problem(x, "") for x in "abcdef"]
     cfg = Config(prompts=2, group=4, dynamic_sampling=3, seed=0)
     order = [problems[i].prompt for i in stream(0, 3, 0).permutation(6)]
@@ -171,10 +184,11 @@ def test_dynamic_sampling_replaces_groups_that_agree():
     assert [p.prompt for p in batch] == signal[:2] and (rewards.std(1) > 0).all() and len(rollout.length) == len(texts) == 8
     assert seen.mean().item() == pytest.approx(sum(task.right[p] for p in order[:looked]) / (4 * looked))
     one = collect_step(sampler, Scripted(task.right), problems, 0, dataclasses.replace(cfg, dynamic_sampling=1), 1)
-    assert [p.prompt for p in one[2]] == order[:2] and one[5] == 2 and not kept
-    # too few with signal: what is missing is filled up with groups that agree
+    assert [p.prompt for p in one[2]] == order[:2] and one[5] == 2
+    # too few with signal: what is missing is filled up with groups that agree, in the order in which they were drawn
     _, _, batch, rewards, _, drawn = collect_step(sampler, Scripted(dict.fromkeys("abcdef", 4) | dict(a=1)), problems, 0, cfg, 1)
-    assert drawn == 6 and batch[0].prompt == "a" and rewards[1].std() == 0
+    assert drawn == 6 and {"a", order[0]} >= {p.prompt for p in batch} and sorted(r.std() > 0 for r in rewards) == [False, True]
+    assert [p.prompt for p in batch] == sorted((p.prompt for p in batch), key=order.index)
 
 
 def fixed_rollout(rows):
