@@ -2,11 +2,12 @@
 
     python -m experiments.dial
 
-Left: mismatch of a fixed model against mantissa bits, e8m1 to e8m23, rollout rounded and training in FP32, and both sides
-rounded; theory says that each bit halves the gap and quarters the KL, the fitted slopes are printed. Middle: what the exponent
-costs, e5mY beside e8mY. Right: RL with one side in e8mY and the other in FP32, at 1 to 4 digits (13 to 41 tokens): accuracy
-against the KL of a whole answer. A coarse format can fail in two ways, by its roundings and by the disagreement; beside each
-pair stands its twin that rounds the same on both sides, exact, without any mismatch. Writes results/dial.json and .png.
+Above: mismatch of a fixed model against mantissa bits, e8m1 to e8m23, rollout rounded and training in FP32, and both sides
+rounded; theory says that each bit halves the gap and quarters the KL, the fitted slopes are printed. Beside it what the
+exponent costs, e5mY and e8mY. Below: RL with one side in e8mY and the other in FP32, at 1 to 4 digits (13 to 41 tokens):
+accuracy against the KL of a whole answer, and the map of bits against length. A coarse format can fail in two ways, by its
+roundings and by the disagreement; beside each pair stands its twin that rounds the same on both sides, exact, without any
+mismatch. Writes results/dial.json and .png.
 """
 import sys
 
@@ -103,10 +104,10 @@ def answer_kl(records, name):
 
 
 def draw(lab, rows, records, result):
-    plot = lab.figure(1, 3, (15, 4.6))
+    plot = lab.figure(2, 2, (13, 9.5))
     if not plot:
         return
-    fig, ((left, middle, right),) = plot
+    fig, ((left, middle), (right, grid)) = plot
     for i, name in enumerate(dict.fromkeys(r["model"] for r in rows)):
         for kind, style in (("train fp32", "-"), ("train the same", "--")):
             for ax, exps in ((left, (8,)), (middle, (8, 5))):
@@ -146,7 +147,28 @@ def draw(lab, rows, records, result):
     right.set(title="RL: last 10 of 60 steps, mean and range of seeds", xscale="log",
               xlabel="KL(mu || pi) of a whole answer, nats, first 10 steps", ylabel="sampled accuracy", ylim=(0, 1.02))
     right.legend(fontsize=7, loc="lower left")
+    where_it_breaks(grid, records, result)
     lab.draw(fig)
+
+
+def where_it_breaks(ax, records, result):
+    """Bits against length: accuracy of the last 10 steps, and how many seeds collapsed."""
+    digits = list(dict.fromkeys(name.split(" digits ")[0] for name in result))
+    modes = [m for m in ("fp32/e8m2", "fp32/e8m3", "fp32/e8m4", "e8m2/fp32", "e8m3/fp32", "e8m2 exact", "e8m3 exact", "fp32")
+             if f"{digits[0]} digits {m}" in result]
+    value = np.array([[result[f"{d} digits {m}"]["last"]["mean"] for m in modes] for d in digits])
+    ax.imshow(value, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    for i, d in enumerate(digits):
+        for j, m in enumerate(modes):
+            s = result[f"{d} digits {m}"]
+            ax.text(j, i, f"{value[i, j]:.2f}" + (f"\n{s['collapsed']} of {s['seeds']}\ncollapsed" if s["collapsed"] else ""),
+                    ha="center", va="center", fontsize=8)
+    tokens = [np.mean([np.mean(r["curves"]["tokens"]) for r in records if r["name"].startswith(f"{d} digits")]) for d in digits]
+    command = records[0]["command"]
+    prompts = int(command[command.index("--prompts") + 1])
+    ax.set_xticks(range(len(modes)), modes, fontsize=8, rotation=20)
+    ax.set_yticks(range(len(digits)), [f"{d} digits\n{t / prompts / 8:.0f} tokens" for d, t in zip(digits, tokens)])
+    ax.set(title="where it breaks: accuracy of the last 10 steps", xlabel="rollout / train; exact: the same on both sides, KL 0")
 
 
 if __name__ == "__main__":
