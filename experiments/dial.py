@@ -32,7 +32,8 @@ def static(lab, seed):
     rows, base = [], trained(lab, seed, lab.pick(LAB, QUICK, GPU), lab.pick(128, 16, 128))
     for name, case in (("trained on the task", base), ("random, deeper and wider", random(lab, seed))):
         model, prompts, new, stop, cfg = case
-        device, group = model.embedding.device, lab.pick(8, 2, 8)
+        prompts = prompts[:lab.pick(16, 4, 64)] if model is not base[0] else prompts
+        device, group = model.embedding.device, lab.pick(2, 2, 8) if model is not base[0] else 8
         fp32 = numerics("fp32", device, cfg.fast).hold(model.parameters())
         for exp, bits in ((8, (3, 7, 10) if lab.quick else BITS), (5, (3, 7) if lab.quick else SHORT)):
             for man in bits:
