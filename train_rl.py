@@ -263,9 +263,13 @@ def score(model, rollout, cfg):
     out, answer = torch.zeros_like(rollout.logp), rollout.is_answer
     for part, end in micro_batches(rollout, torch.arange(len(out), device=out.device), cfg.micro_batch):
         where = answer[part, :end]
-        out[part, :end] = torch.zeros_like(out[part, :end]).masked_scatter(
-            where, model.token_logprobs(rollout.tokens[part, :end], where, cfg.temperature)[0])
+        out[part, :end] = padded(model.token_logprobs(rollout.tokens[part, :end], where, cfg.temperature)[0], where)
     return out
+
+
+def padded(flat, where):
+    """(N,) in row-major order of `where` (R, T) -> (R, T), zeros elsewhere."""
+    return torch.zeros(where.shape, device=flat.device).masked_scatter(where, flat)
 
 
 def accumulate_gradient(model, rollout, advantage, cfg, scaler, room, rows=None, logp_old=None, logp_ref=None):
@@ -282,30 +286,30 @@ def accumulate_gradient(model, rollout, advantage, cfg, scaler, room, rows=None,
         logp_old = rollout.logp
     planned = float(algorithm.average(answer[rows], room)[1].sum())       # what the sum is divided by, if nothing is rejected
     has_signal = (advantage[rows] != 0) | (cfg.kl_beta > 0)
-    total, kept, stats = 0.0, 0.0, {}
+    sums = {}
     for learn, some in ((True, rows[has_signal]), (False, rows[~has_signal])):
         for part, end in micro_batches(rollout, some, cfg.micro_batch):
             tokens, where = rollout.tokens[part, :end], answer[part, :end]
             with torch.set_grad_enabled(learn):
                 flat, ent = model.token_logprobs(tokens, where, cfg.temperature)
-                logp = torch.zeros(where.shape, device=flat.device).masked_scatter(where, flat)            # (r, end)
+                logp = padded(flat, where)                                                                # (r, end)
                 old, mu, ref = (None if x is None else x[part, :end] for x in (logp_old, rollout.logp, logp_ref))
-                loss, units, sums = policy_loss(algorithm, cfg, logp, old, mu, advantage[part], where, room, ref)
+                loss, units, stats = policy_loss(algorithm, cfg, logp, old, mu, advantage[part], where, room, ref)
             if learn:
                 with reproducible(advantage.device):
                     scaler.scale(loss / planned).backward()
-                total += loss.item()
-            kept += float(units)
-            stats = {k: stats.get(k, 0.0) + float(v) for k, v in sums.items()}
-            logp_train[part, :end] = logp.detach()
-            entropy[part, :end] = torch.zeros_like(logp_train[part, :end]).masked_scatter(where, ent)
+            stats |= dict(loss=loss.detach() * learn, units=units)
+            sums = {k: sums.get(k, 0.0) + v for k, v in stats.items()}     # stay on the device: a number here would wait for it
+            logp_train[part, :end], entropy[part, :end] = logp.detach(), padded(ent, where)
+    sums = dict(zip(sums, torch.stack([v.float() for v in sums.values()]).tolist()))
+    total, kept = sums.pop("loss"), sums.pop("units")
     if kept == 0:                                                         # all rejected: no step, and not one of momentum alone
         model.zero_grad(set_to_none=True)
     elif kept != planned:                                                 # only now is it known how much the correction rejected
         for p in model.parameters():
             if p.grad is not None:
                 p.grad *= planned / kept
-    return total / (kept or planned), logp_train, entropy, stats
+    return total / (kept or planned), logp_train, entropy, sums
 
 
 def apply_gradient(model, optimizer, scaler, cfg, lr):
@@ -580,7 +584,7 @@ def step_line(m, cfg, eta):
             f"exact {math.floor(1000 * m['exact_share']) / 1000:.3f} | "
             + (f"weight {m['weight_mean']:.3f} kept {m['kept_share']:.3f} | " if cfg.correction != "none" else "")
             + (f"kl to base {m['kl_reference']:.1e} | " if cfg.kl_beta else "") +
-                        f"loss {m['loss']:+.4f} |g| {m['grad_norm']:8.2e} scale {m['loss_scale']:.0f} lr {m['lr']:.1e} | "
+            f"loss {m['loss']:+.4f} |g| {m['grad_norm']:8.2e} scale {m['loss_scale']:.0f} lr {m['lr']:.1e} | "
             f"{m['t_rollout']:.2f}+{m['t_train']:.2f} s {m['tokens_per_s']:6.0f} tok/s | eta {clock(eta)}")
 
 
