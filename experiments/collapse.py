@@ -75,7 +75,7 @@ def slug(text):
 
 
 def draw(lab, records, settings, modes, name_of_files):
-    plot = lab.figure(1, 2, (14, 0.55 * len(settings) + 2.4))
+    plot = lab.figure(1, 2, (14, 0.5 * len(settings) + 3))
     if not plot:
         return
     fig, ((left, right),) = plot
