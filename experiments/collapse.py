@@ -88,8 +88,8 @@ def draw(lab, records, settings, modes, name_of_files):
                 at = j + (i - len(modes) / 2 + 0.5) * 0.15
                 ax.plot(y, [at] * len(y), ".", ms=4, color=f"C{i}", alpha=0.6)
                 ax.plot([np.mean(y)], [at], "|", ms=9, mew=2, color=f"C{i}", label=m if j == 0 else None)
-        ax.set(title=title, xlim=limits, yticks=range(len(settings)), yticklabels=settings if ax is left else [])
-        ax.invert_yaxis()
+        ax.set(title=title, xlim=limits, ylim=(len(settings) - 0.4, -0.6), yticks=range(len(settings)),
+               yticklabels=settings if ax is left else [])
         ax.grid(axis="x", lw=0.3)
     right.axvline(0.2, color="gray", ls=":", lw=0.8)
     right.text(0.205, -0.45, "collapse", fontsize=8)
