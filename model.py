@@ -1,13 +1,16 @@
 """model.py: a modern decoder-only transformer, small enough to read at one sitting, and its checkpoints.
 
-Pre-norm blocks of RMSNorm, rotary positions, grouped-query attention and SwiGLU, with optional QKV bias, QK-norm and tied
-head: the shape of Qwen2.5, Qwen3 and Llama 3. The one `forward(tokens, cache=None)` serves rollout and training. Every
-arithmetic operator is a method of `self.num` (precision.Numerics), so no number is rounded in this file.
+Pre-norm blocks of RMSNorm, rotary positions, grouped-query attention and SwiGLU, with optional QKV bias, QK-norm, tied head
+and routed experts: the shape of Qwen2.5, Qwen3, Qwen3-MoE and Llama 3, whose checkpoints hf/ reads and writes. The one
+`forward(tokens, cache=None)` serves rollout and training. Every arithmetic operator is a method of `self.num`
+(precision.Numerics), so no number is rounded in this file.
 
-Names: B rows, T tokens, C width, H query heads, KV key/value heads, D head width, F MLP width, V vocabulary.
+Names: B rows, T tokens, C width, H query heads, KV key/value heads, D head width, F MLP width, V vocabulary, E experts, K of
+them per token.
 Left out: dropout (RL never sees an answer twice), attention variants, initialisation schemes to choose from.
 """
 import dataclasses
+import math
 import os
 import pathlib
 import zipfile
@@ -15,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
 
 from precision import InputError, Numerics
 
@@ -30,24 +34,39 @@ class GPTConfig:
     mlp_width: int = 384
     context: int = 64              # the longest sequence, prompt and answer together
     rope_theta: float = 10_000.0
+    rope_llama3: tuple = ()        # Llama 3.1's stretch for long contexts: factor, low and high frequency factor, old context
     norm_eps: float = 1e-6
     qkv_bias: bool = False         # Qwen2.5
     qk_norm: bool = False          # Qwen3
     tied_head: bool = False        # the head is the embedding's transpose
+    n_experts: int = 0             # Qwen3-MoE: experts per block, 0: a plain MLP of mlp_width
+    experts_per_token: int = 0
+    expert_width: int = 0
+    norm_topk: bool = True         # the weights of the chosen experts are divided by their sum
+    dense_layers: tuple = ()       # blocks with a plain MLP all the same
 
     def __post_init__(self):
+        for name in ("rope_llama3", "dense_layers"):                    # JSON and checkpoints give lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.head_dim == 0:
             object.__setattr__(self, "head_dim", self.width // self.n_heads)
         if self.n_heads % self.n_kv_heads:
             raise InputError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if self.head_dim % 2:
             raise InputError(f"head_dim {self.head_dim} is odd: rotary positions need pairs of features")
+        if self.n_experts and not 1 <= self.experts_per_token <= self.n_experts:
+            raise InputError(f"{self.experts_per_token} of {self.n_experts} experts per token cannot be")
+
+    def is_moe(self, layer):
+        return self.n_experts > 0 and layer not in self.dense_layers
 
     def n_matrix_params(self):
-        """Weights that a token is multiplied with: all but the embedding, norms and biases."""
+        """Weights of matrices: all but the embedding, norms and biases. A token meets experts_per_token of its experts."""
         heads = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
-        block = self.width * (heads + self.n_heads * self.head_dim + 3 * self.mlp_width)
-        return self.n_layers * block + self.vocab_size * self.width
+        sparse = sum(map(self.is_moe, range(self.n_layers)))
+        experts = self.n_experts * (3 * self.expert_width + 1)
+        mlp = (self.n_layers - sparse) * 3 * self.mlp_width + sparse * experts
+        return self.width * (self.n_layers * (heads + self.n_heads * self.head_dim) + mlp + self.vocab_size)
 
     def n_params(self):
         C, D = self.width, self.head_dim
@@ -100,13 +119,39 @@ class KVCache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
+def rope_frequencies(cfg):
+    """Angle per position of each pair of features, (D/2) FP64 (Su et al. 2021), stretched as Llama 3.1 does: pairs that turn
+    fewer than `low` times within the old context turn `factor` times slower, those above `high` times as ever, between them
+    a blend."""
+    f = cfg.rope_theta ** -(torch.arange(0, cfg.head_dim, 2, dtype=torch.float64) / cfg.head_dim)
+    if not cfg.rope_llama3:
+        return f
+    factor, low, high, old_context = cfg.rope_llama3
+    turns = old_context * f / (2 * math.pi)
+    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    return f * (blend + (1 - blend) / factor)
+
+
+class Adapter(nn.Module):
+    """LoRA (Hu et al. 2021, eq. 3) for one product: W x + alpha / rank * B A x, W frozen. The rows of a fused product (queries,
+    keys, values) have an A and a B each, as checkpoints that keep them apart would."""
+
+    def __init__(self, parts, inputs, rank, scale, generator):
+        """parts: name -> (first row, rows) of the product that it adds to."""
+        super().__init__()
+        self.rank, self.scale, self.parts = rank, scale, parts
+        bound = inputs ** -0.5                                             # PEFT's: Kaiming uniform with a = sqrt(5)
+        self.A = nn.Parameter((torch.rand(len(parts) * rank, inputs, generator=generator) * 2 - 1) * bound)
+        self.B = nn.ParameterList(nn.Parameter(torch.zeros(rows, rank)) for _, rows in parts.values())
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). Parameters only: the operators are Numerics'."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, layer=0):
         super().__init__()
         H, KV, D, C = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, cfg.width
-        self.cfg = cfg
+        self.cfg, self.layer, self.moe = cfg, layer, cfg.is_moe(layer)
         self.norm1 = nn.Parameter(torch.ones(C))
         self.qkv = nn.Parameter(torch.empty((H + 2 * KV) * D, C))          # queries, keys, values, one product
         self.qkv_bias = nn.Parameter(torch.zeros((H + 2 * KV) * D)) if cfg.qkv_bias else None
@@ -114,8 +159,24 @@ class Block(nn.Module):
         self.k_norm = nn.Parameter(torch.ones(D)) if cfg.qk_norm else None
         self.proj = nn.Parameter(torch.empty(C, H * D))
         self.norm2 = nn.Parameter(torch.ones(C))
-        self.gate_up = nn.Parameter(torch.empty(2 * cfg.mlp_width, C))     # gate first, value second
-        self.down = nn.Parameter(torch.empty(C, cfg.mlp_width))
+        if self.moe:
+            self.router = nn.Parameter(torch.empty(cfg.n_experts, C))
+            self.router.keep_fp32 = True                                   # a coarse router sends tokens elsewhere: Numerics.hold
+            self.gate_up = nn.Parameter(torch.empty(cfg.n_experts, 2 * cfg.expert_width, C))
+            self.down = nn.Parameter(torch.empty(cfg.n_experts, C, cfg.expert_width))
+        else:
+            self.gate_up = nn.Parameter(torch.empty(2 * cfg.mlp_width, C))  # gate first, value second
+            self.down = nn.Parameter(torch.empty(C, cfg.mlp_width))
+        self.lora = nn.ModuleDict()                                        # name of a product -> its Adapter
+        self.routes = self.replay = None                                   # see GPT.token_logprobs
+
+    def parts(self):
+        """product -> {its name in checkpoints: (first row, rows)}; what LoRA may adapt."""
+        H, KV, D, F = (getattr(self.cfg, n) for n in ("n_heads", "n_kv_heads", "head_dim", "mlp_width"))
+        attention = {"qkv": dict(q_proj=(0, H * D), k_proj=(H * D, KV * D), v_proj=((H + KV) * D, KV * D)),
+                     "proj": dict(o_proj=(0, self.cfg.width))}
+        mlp = {"gate_up": dict(gate_proj=(0, F), up_proj=(F, F)), "down": dict(down_proj=(0, self.cfg.width))}
+        return attention if self.moe else {**attention, **mlp}
 
     def forward(self, x, cos, sin, mask, num, name, cache=None, layer=0):
         fused = num.block(self, x, cos, sin, mask, cache, layer)            # these very lines in one compiled call, or None
@@ -123,8 +184,10 @@ class Block(nn.Module):
             return fused
         B, T, C = x.shape
         cfg, H, KV, D = self.cfg, self.cfg.n_heads, self.cfg.n_kv_heads, self.cfg.head_dim
+        lora = self.lora._modules                                           # a dict: {} without adapters
         num.where = f"{name}.attention"
-        h = num.linear(num.rms_norm(x, self.norm1, cfg.norm_eps), self.qkv, self.qkv_bias).view(B, T, H + 2 * KV, D)
+        h = num.rms_norm(x, self.norm1, cfg.norm_eps)
+        h = num.linear(h, self.qkv, self.qkv_bias, lora.get("qkv")).view(B, T, H + 2 * KV, D)
         if cfg.qk_norm:
             q, k, v = h.split((H, KV, KV), 2)
             h = torch.cat((num.rms_norm(q, self.q_norm, cfg.norm_eps), num.rms_norm(k, self.k_norm, cfg.norm_eps), v), 2)
@@ -132,39 +195,74 @@ class Block(nn.Module):
         if cache is not None:
             k, v = cache.append(layer, k, v)
         y = num.attention(q, k, v, mask).transpose(1, 2).reshape(B, T, H * D)
-        x = num.add(x, num.linear(y, self.proj))
+        x = num.add(x, num.linear(y, self.proj, None, lora.get("proj")))
         num.where = f"{name}.mlp"
-        h = num.swiglu(num.linear(num.rms_norm(x, self.norm2, cfg.norm_eps), self.gate_up))
-        return num.add(x, num.linear(h, self.down))
+        h = num.rms_norm(x, self.norm2, cfg.norm_eps)
+        if self.moe:
+            y, self.routes = num.experts(h, self.router, self.gate_up, self.down, cfg.experts_per_token, cfg.norm_topk,
+                                         self.replay)
+        else:
+            y = num.linear(num.swiglu(num.linear(h, self.gate_up, None, lora.get("gate_up"))), self.down, None, lora.get("down"))
+        return num.add(x, y)
 
 
 class GPT(nn.Module):
     def __init__(self, cfg, device="cpu", seed=0):
-        """FP32 master weights, drawn from `seed` on the CPU so that every device starts from the same numbers."""
+        """FP32 master weights, drawn from `seed` on the CPU so that every device starts from the same numbers; seed None: no
+        numbers yet, for a checkpoint to fill in."""
         super().__init__()
         self.cfg = cfg
-        self.embedding = nn.Parameter(torch.empty(cfg.vocab_size, cfg.width))
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
-        self.norm = nn.Parameter(torch.ones(cfg.width))
-        self.head = self.embedding if cfg.tied_head else nn.Parameter(torch.empty(cfg.vocab_size, cfg.width))
-        g = torch.Generator().manual_seed(seed)
+        with torch.device(device if seed is None else "cpu"):
+            self.embedding = nn.Parameter(torch.empty(cfg.vocab_size, cfg.width))
+            self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layers))
+            self.norm = nn.Parameter(torch.ones(cfg.width))
+            self.head = self.embedding if cfg.tied_head else nn.Parameter(torch.empty(cfg.vocab_size, cfg.width))
+        self.recompute = False                                              # activations: again on the way back, not kept
+        if seed is not None:
+            self._draw(seed)
+        self.to(device)
+        # angles in FP64, tables in FP32: position times frequency must not be rounded before the cosine
+        angle = torch.arange(cfg.context, dtype=torch.float64)[:, None] * rope_frequencies(cfg)
+        self.register_buffer("cos", angle.cos().float().to(device), persistent=False)          # (context, D/2)
+        self.register_buffer("sin", angle.sin().float().to(device), persistent=False)
+        if seed is not None:
+            self.use(Numerics("fp32", device).hold(self.parameters()))
+
+    @torch.no_grad()
+    def _draw(self, seed):
+        cfg, g = self.cfg, torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
-            if p.dim() == 2:
+            if p.dim() >= 2:
                 # 0.06 at width 128: with GPT-2's 0.02 a small model needs twice the steps to find the columns of a sum.
                 # The residual stream sums 2 n_layers branches: scale what feeds it (Radford et al. 2019).
                 std = 0.02 if name == "head" else 0.7 * cfg.width ** -0.5
                 nn.init.normal_(p, std=std / (2 * cfg.n_layers) ** 0.5 if name.endswith(("proj", "down")) else std, generator=g)
-        self.to(device)
-        # angles in FP64, tables in FP32: position times frequency must not be rounded before the cosine
-        frequency = cfg.rope_theta ** -(torch.arange(0, cfg.head_dim, 2, dtype=torch.float64) / cfg.head_dim)
-        angle = torch.arange(cfg.context, dtype=torch.float64)[:, None] * frequency
-        self.register_buffer("cos", angle.cos().float().to(device), persistent=False)          # (context, D/2)
-        self.register_buffer("sin", angle.sin().float().to(device), persistent=False)
-        self.use(Numerics("fp32", device).hold(self.parameters()))
 
     def use(self, num):
         """Compute in this number format from now on. `num` must hold this model's parameters."""
         self.num = num
+        return self
+
+    def adapt(self, rank, alpha, targets=(), seed=0, num=None):
+        """Freeze every weight and add LoRA adapters of this rank, FP32 masters; targets: names such as q_proj (default: every
+        projection but a MoE's experts). num: the numerics of a run whose two sides round alike; then what is frozen is kept
+        rounded, in its dtype, and the FP32 masters are let go. Call before Numerics.hold."""
+        device, g = self.embedding.device, torch.Generator().manual_seed(seed)
+        known = {name for b in self.blocks for parts in b.parts().values() for name in parts}
+        for name in targets:
+            if name not in known:
+                raise InputError(f"LoRA on {name!r}: this model has {', '.join(sorted(known))}")
+        self.requires_grad_(False)
+        if num is not None:
+            for p in self.parameters():
+                if not getattr(p, "keep_fp32", False):
+                    p.data = num.rounded(p.data.float()).to(num.dtype)
+        for block in self.blocks:
+            for product, parts in block.parts().items():
+                chosen = {n: at for n, at in parts.items() if not targets or n in targets}
+                if chosen:
+                    inputs = getattr(block, product).shape[1]
+                    block.lora[product] = Adapter(chosen, inputs, rank, alpha / rank, g).to(device)
         return self
 
     def forward(self, tokens, cache=None):
@@ -187,21 +285,33 @@ class GPT(nn.Module):
         num.where = "embedding"
         x = num.embed(tokens, self.embedding)
         for i, block in enumerate(self.blocks):
-            x = block(x, cos, sin, mask, num, f"blocks.{i}", cache, i)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, mask, num, f"blocks.{i}", cache, i, use_reentrant=False,
+                               preserve_rng_state=False)
+            else:
+                x = block(x, cos, sin, mask, num, f"blocks.{i}", cache, i)
         if cache is not None:
             cache.length, cache.longest = start + T, cache.longest + T
         num.where = "head"
         return num.rms_norm(x, self.norm, self.cfg.norm_eps)
 
+    def routes(self):
+        """Which experts the last forward pass chose: (B, T, MoE layers, K) int16, or None for a model without experts."""
+        chosen = [b.routes for b in self.blocks if b.moe]
+        return torch.stack(chosen, 2) if chosen else None
+
     def logits(self, hidden):
         """hidden (N, C) -> FP32 logits (N, V). For the few rows of a decode step; training uses token_logprobs."""
         return self.num.logits(hidden, self.head)
 
-    def token_logprobs(self, tokens, where, temperature=1.0):
+    def token_logprobs(self, tokens, where, temperature=1.0, replay=None):
         """Teacher-forced log-probs of the tokens that `where` marks, as the sampler would have recorded them.
 
         tokens (B, T) int64, right-padded; where (B, T) bool, False in column 0. Returns two FP32 vectors in row-major order
-        of `where`: log pi(token | what stands left of it) and the entropy of that distribution, nats."""
+        of `where`: log pi(token | what stands left of it) and the entropy of that distribution, nats. replay: `routes` (B, T - 1
+        or more, MoE layers, K) of the rollout, to send every token to the experts that it met there."""
+        for i, block in enumerate(b for b in self.blocks if b.moe):
+            block.replay = None if replay is None else replay[:, :tokens.shape[1] - 1, i]
         hidden = self(tokens[:, :-1]).flatten(0, 1)                 # position t predicts token t + 1
         rows = where[:, 1:].flatten().nonzero()[:, 0]
         return self.num.token_logprobs(hidden, self.head, tokens[:, 1:].flatten()[rows], rows, temperature)
@@ -214,6 +324,7 @@ class GPT(nn.Module):
         average, `heads` of them through the head. A backward pass is twice that. Masked scores are not counted."""
         c = self.cfg
         per_token = sum(p.numel() for b in self.blocks for p in b.parameters() if p.dim() == 2)
+        per_token += sum(p[0].numel() * c.experts_per_token for b in self.blocks for p in b.parameters() if p.dim() == 3)
         return 2 * tokens * (per_token + 2 * c.n_layers * c.n_heads * c.head_dim * context) + 2 * heads * c.vocab_size * c.width
 
 

@@ -151,18 +151,24 @@ class Numerics:
 
     # -- weights
 
+    @torch.no_grad()
     def hold(self, parameters):
-        """Keep a rounded copy of these FP32 master weights (for fp32 the masters themselves serve) and round them now."""
+        """Keep a rounded copy of these FP32 master weights and round them now. What needs no rounding serves itself: FP32
+        masters in fp32, a parameter marked `keep_fp32`, a frozen one that holds only numbers of the format in its dtype."""
         for p in parameters:
-            self._rounded[p] = p.detach() if self.fmt.name == "fp32" else torch.empty_like(p, dtype=self.dtype)
-        self.refresh()
+            if self.fmt.name == "fp32" and p.dtype == torch.float32 or getattr(p, "keep_fp32", False):
+                self._rounded[p] = p.detach()
+            else:
+                r = self.round_(p.detach().to(self.dtype, copy=True))
+                self._rounded[p] = p.detach() if not p.requires_grad and p.dtype == r.dtype and torch.equal(p, r) else r
         return self
 
     @torch.no_grad()
     def refresh(self):
-        """Round the masters again, in place: whoever reads the rounded weights (a CUDA graph, say) keeps its addresses."""
+        """Round the masters again, in place: whoever reads the rounded weights (a CUDA graph, say) keeps its addresses. Frozen
+        ones are as they were."""
         for p, r in self._rounded.items():
-            if self.fmt.name != "fp32":
+            if p.requires_grad and r.data_ptr() != p.data_ptr():
                 self.round_(r.copy_(p))
 
     def release(self):
@@ -207,9 +213,23 @@ class Numerics:
         """tokens (B, T) int64, w (V, C) -> (B, T, C)."""
         return self._apply(_Embed, tokens, w)
 
-    def linear(self, x, w, b=None):
-        """x (..., I), w (O, I), b (O) or None -> x wᵀ + b, (..., O)."""
-        return self._apply(_Linear, x, w, b)
+    def linear(self, x, w, b=None, lora=None):
+        """x (..., I), w (O, I), b (O) or None -> x wᵀ + b, (..., O). lora: a model.Adapter, whose product is added.
+
+        The adapter stays apart, in rollout as in training: merged into W, it would be rounded away to W's spacing (an update
+        of 1e-4 to a weight of 1 is below half of FP16's), and the policy that acts would not be the one that learns."""
+        if lora is None:
+            return self._apply(_Linear, x, w, b)
+        return self._apply(_LoRALinear, x, w, b, lora, lora.A, *lora.B)
+
+    def experts(self, x, router, gate_up, down, k, normalised, replay=None):
+        """A mixture of experts in an MLP's place (Shazeer et al. 2017; as in Qwen3-MoE): each token goes to the k experts whose
+        router probabilities are largest, and gets their SwiGLU MLPs' outputs, weighted by these probabilities.
+
+        x (B, T, C); router (E, C), FP32 as all that it computes; gate_up (E, 2F, C), down (E, C, F); normalised: the k weights
+        are divided by their sum; replay: (B, T, k), experts to go to in place of its own choice. Returns (B, T, C) and its own
+        choice (B, T, k) int16, most likely first. Rounded: each expert's products and SwiGLU, and the weighted sum, once."""
+        return self._apply(_Experts, x, router, gate_up, down, k, normalised, replay)
 
     def add(self, x, y):
         """x + y. The residual stream is where gradients meet, so their sum is rounded here on the way back."""
@@ -296,6 +316,14 @@ class Numerics:
         """FP32 log-probabilities of the tempered policy (..., V). Sampler and trainer both call this one: a temperature
         divides the *logits*; dividing log-probs, or tempering one side only, is a mismatch that no number format can mend."""
         return self._log_softmax(logits if temperature == 1 else logits / temperature)
+
+    def affine(self, x, w, b=None):
+        """x wᵀ + b in the format, for the rounded weight of master w."""
+        return self.round_(self._product(x, self.weight(w), None if b is None else self.weight(b)))
+
+    def affine_back(self, dy, w):
+        """dy w in the format: the input gradient of `affine`."""
+        return self.round_(dy @ self.weight(w))
 
     # -- where torch may add up in an order that depends on how many rows share the call: ExactNumerics replaces these
 
@@ -422,8 +450,109 @@ class _Linear(torch.autograd.Function):
         x, wr = ctx.saved_tensors
         dy = dy.reshape(-1, dy.shape[-1])
         dx = ctx.num._out(dy @ wr, "backward", ctx.where).view(x.shape) if ctx.needs_input_grad[0] else None
-        dw = ctx.num._mm32(dy.t(), x.reshape(-1, x.shape[-1]))
-        return dx, dw, dy.sum(0, dtype=torch.float32) if ctx.bias else None, None
+        dw = ctx.num._mm32(dy.t(), x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
+        return dx, dw, dy.sum(0, dtype=torch.float32) if ctx.bias and ctx.needs_input_grad[2] else None, None
+
+
+class _LoRALinear(torch.autograd.Function):
+    """x wᵀ + b, then + scale * (x Aᵀ) Bᵀ on the rows that are adapted. Rounded: the frozen product, x Aᵀ, and the sum. Only A
+    and B have gradients, in FP32 and unrounded like those of all masters."""
+
+    @staticmethod
+    def forward(ctx, x, w, b, lora, A, *rest):
+        *B, num = rest
+        y, a = num.affine(x, w, b), num.affine(x, A)                        # (..., O), (..., parts * rank)
+        out = y.float()
+        for (first, rows), a_part, b_part in zip(lora.parts.values(), a.split(lora.rank, -1), B):
+            z = num.logits(a_part.reshape(-1, lora.rank), b_part)           # FP32, not rounded
+            out[..., first:first + rows] += z.view(*a.shape[:-1], rows).mul_(lora.scale)
+        ctx.save_for_backward(x, a)
+        ctx.num, ctx.where, ctx.w, ctx.lora, ctx.A, ctx.B = num, num.where, w, lora, A, B
+        return num._out(out)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (x, a), num, lora, r = ctx.saved_tensors, ctx.num, ctx.lora, ctx.lora.rank
+        x, a, flat = x.reshape(-1, x.shape[-1]), a.reshape(-1, a.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        da, dB = torch.empty_like(a, dtype=torch.float32), []
+        for i, ((first, rows), b_part) in enumerate(zip(lora.parts.values(), ctx.B)):
+            d = flat[:, first:first + rows]
+            da[:, i * r:(i + 1) * r] = num._mm32(d, num.weight(b_part)).mul_(lora.scale)
+            dB.append(num._mm32(d.t(), a[:, i * r:(i + 1) * r]).mul_(lora.scale))
+        da = num._out(da, "backward", ctx.where)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = num.affine_back(flat, ctx.w).float() + num.affine_back(da, ctx.A)
+            dx = num._out(dx, "backward", ctx.where).view(*dy.shape[:-1], -1)
+        return dx, None, None, None, num._mm32(da.t(), x), *dB, None
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def by_expert(index, n_experts):
+        """index (N, k) -> for each expert that has tokens: (expert, which of the N k places go to it)."""
+        place = torch.argsort(index.flatten(), stable=True)
+        counts = torch.bincount(index.flatten(), minlength=n_experts).tolist()
+        return [(e, p) for e, p in enumerate(place.split(counts)) if len(p)]
+
+    @staticmethod
+    def forward(ctx, x, router, gate_up, down, k, normalised, replay, num):
+        (B, T, C), N, where = x.shape, x.shape[0] * x.shape[1], num.where
+        x = x.reshape(N, C)
+        p = num.log_softmax(num.logits(x.float(), router), 1.0).exp_()                                # (N, E)
+        own = p.topk(k, -1).indices
+        index = own if replay is None else replay.reshape(N, k).long()
+        weight = p.gather(1, index)
+        total = weight.sum(-1, keepdim=True) if normalised else None
+        share = weight / total if normalised else weight
+        wg, wd = num.weight(gate_up), num.weight(down)
+        groups = _Experts.by_expert(index, len(router))
+        out, kept = x.new_empty(N * k, C), []
+        for e, place in groups:
+            h = num.round_(num._product(x[place // k], wg[e]))
+            gate, value = h.float().chunk(2, -1)
+            s = num.round_((num._silu(gate) * value).to(num.dtype))
+            out[place] = num.round_(num._product(s, wd[e]))
+            kept += [h, s]
+        y = torch.zeros(N, C, device=x.device)
+        for j in range(k):                                                   # one after another: an order of its own
+            y += out.view(N, k, C)[:, j].float() * share[:, j, None]
+        ctx.save_for_backward(x, p, index, weight, total, out, *kept)
+        ctx.num, ctx.where, ctx.groups, ctx.k, ctx.router, ctx.wg, ctx.wd = num, where, groups, k, router, wg, wd
+        own = own.view(B, T, k).to(torch.int16)
+        ctx.mark_non_differentiable(own)
+        return num._out(y).view(B, T, C), own
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        x, p, index, weight, total, out, *kept = ctx.saved_tensors
+        num, k, (N, C), wg, wd = ctx.num, ctx.k, ctx.saved_tensors[0].shape, ctx.wg, ctx.wd
+        shape, dy = dy.shape, dy.reshape(N, C).float()
+        share = weight / total if total is not None else weight
+        dshare = (out.view(N, k, C).float() * dy[:, None]).sum(-1)                                    # (N, k)
+        dx = torch.zeros(N, C, device=x.device)
+        learn = ctx.needs_input_grad[2]
+        dwg, dwd = (torch.zeros(w.shape, device=x.device) if learn else None for w in (wg, wd))
+        for (e, place), h, s in zip(ctx.groups, kept[::2], kept[1::2]):
+            token = place // k
+            d = num._out((dy[token] * share.flatten()[place, None]), "backward", ctx.where)           # of the expert's output
+            ds = num._out(d @ wd[e], "backward", ctx.where).float()
+            gate, value = h.float().chunk(2, -1)
+            dh = torch.empty_like(h, dtype=torch.float32)
+            dgate, dvalue = dh.chunk(2, -1)
+            torch.mul(ds, torch.nn.functional.silu(gate), out=dvalue)
+            torch.ops.aten.silu_backward.grad_input(ds * value, gate, grad_input=dgate)
+            dh = num._out(dh, "backward", ctx.where)
+            dx.index_add_(0, token, num._mm32(dh, wg[e]))
+            if learn:
+                dwg[e], dwd[e] = num._mm32(dh.t(), x[token]), num._mm32(d.t(), s)
+        if total is not None:                                                # share = weight / sum(weight)
+            dshare = (dshare - (dshare * share).sum(-1, keepdim=True)) / total
+        dp = torch.zeros_like(p).scatter_(1, index, dshare)
+        dlogits = p * (dp - (dp * p).sum(-1, keepdim=True))
+        dx += dlogits @ num.weight(ctx.router)
+        dx = num._out(dx, "backward", ctx.where).view(shape)
+        return dx, dlogits.t() @ x.float() if learn else None, dwg, dwd, None, None, None, None
 
 
 class _Embed(torch.autograd.Function):
@@ -435,6 +564,8 @@ class _Embed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
+        if not ctx.needs_input_grad[1]:
+            return None, None, None
         return None, torch.ops.aten.embedding_dense_backward(dy.float(), ctx.saved_tensors[0], ctx.rows, -1, False), None
 
 
@@ -466,7 +597,7 @@ class _RMSNorm(torch.autograd.Function):
         x, wr, scale = ctx.saved_tensors
         dy, unit, wr = dy.float(), x.float() * scale, wr.float()
         p = dy * unit
-        dw = p.flatten(0, -2).sum(0)
+        dw = p.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         mean = torch.mv(p.view(-1, len(wr)), wr).div_(len(wr)).view(scale.shape)               # of dy * w * unit, row by row
         dx = (dy * wr).addcmul_(unit, mean, value=-1).mul_(scale)
         return ctx.num._out(dx, "backward", ctx.where), dw, None, None
@@ -641,7 +772,7 @@ class _TokenLogprobs(torch.autograd.Function):
         h, targets, rows = ctx.saved_tensors
         num, wr = ctx.num, ctx.num.weight(ctx.w)
         dh = torch.zeros_like(h)
-        dw = torch.zeros_like(wr, dtype=torch.float32)
+        dw = torch.zeros_like(wr, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for s in range(0, len(targets), ctx.chunk):
             s = slice(s, s + ctx.chunk)
             hs = h[s] if rows is None else h[rows[s]]
@@ -650,7 +781,8 @@ class _TokenLogprobs(torch.autograd.Function):
             # d logp / d logits = onehot - softmax
             d[torch.arange(len(d), device=d.device), targets[s]] -= 1
             d = num._out(d.mul_(dlogp[s, None] * (-1 / ctx.temperature)), "backward", ctx.where)
-            num._add_mm32(dw, d.t(), hs)
+            if dw is not None:
+                num._add_mm32(dw, d.t(), hs)
             d = num._out(d @ wr, "backward", ctx.where)
             if rows is None:
                 dh[s] = d

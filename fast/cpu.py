@@ -130,7 +130,7 @@ class _Kept(ctypes.Structure):
 
 # sha256 of model.Block.forward's source, as block and block_back of cpu.c were written after it. Change that method, and its
 # lines are run one by one from then on: slower, and what you wrote. Whoever brings cpu.c along brings this number along.
-BLOCK = "a2d4dc608861acdc"
+BLOCK = "2a97ab2ca05efbaf"
 
 
 @functools.cache
@@ -162,7 +162,8 @@ class CPUNumerics(Numerics):
     def refresh(self):
         super().refresh()
         for (p, backward), panels in self._packed.items():
-            self._pack(p, backward, panels)
+            if p.requires_grad:
+                self._pack(p, backward, panels)
 
     def release(self):
         super().release()
@@ -195,8 +196,26 @@ class CPUNumerics(Numerics):
                         torch.get_num_threads(), fmt or self.c_format)
         return y
 
+    def affine(self, x, w, b=None):
+        return self.product(x, w, None if b is None else self.weight(b))
+
+    def affine_back(self, dy, w):
+        return self.product(dy, w, backward=True)
+
     def logits(self, h, w):
         return self.product(h, w, fmt=FP32)
+
+    # What is left to torch's operators (experts, odd heads), exact if this is
+    _slabs = precision.ExactNumerics._slabs
+
+    def _product(self, x, w, b=None):
+        return (precision.ExactNumerics if self.exact else Numerics)._product(self, x, w, b)
+
+    def _silu(self, x):
+        return (precision.ExactNumerics if self.exact else Numerics)._silu(self, x)
+
+    def _log_softmax(self, x):
+        return (precision.ExactNumerics if self.exact else Numerics)._log_softmax(self, x)
 
     def draw(self, logits, u, temperature=1.0):
         token, logp = torch.empty(len(u), dtype=torch.int64), torch.empty(len(u))
@@ -233,7 +252,8 @@ class CPUNumerics(Numerics):
 
     def block(self, block, x, cos, sin, mask, cache, layer):
         grad = torch.is_grad_enabled()
-        if (self.spy or block.cfg.qk_norm or not self.takes(block.cfg.head_dim) or not _block_is_known()
+        if (self.spy or block.cfg.qk_norm or block.moe or block.lora or not self.takes(block.cfg.head_dim)
+                or not _block_is_known()
                 or (grad and (cache is not None or mask is not None))):
             return None
         if grad:
@@ -279,7 +299,8 @@ class _Linear(torch.autograd.Function):
         (x,), num = ctx.saved_tensors, ctx.num
         dx = num.seen(num.product(dy, ctx.w, backward=True), "backward", ctx.where) if ctx.needs_input_grad[0] else None
         dy = dy.reshape(-1, dy.shape[-1])
-        return dx, dy.t() @ x.reshape(-1, x.shape[-1]), dy.sum(0) if ctx.bias else None, None
+        dw = dy.t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
+        return dx, dw, dy.sum(0) if ctx.bias and ctx.needs_input_grad[2] else None, None
 
 
 class _Add(torch.autograd.Function):
@@ -429,7 +450,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx, dlogp, _):
         h, targets, rows = ctx.saved_tensors
         num, w, dlogp = ctx.num, ctx.w, _rows(dlogp)
-        dh, dw = torch.zeros_like(h), torch.zeros_like(w)
+        dh, dw = torch.zeros_like(h), torch.zeros_like(w) if ctx.needs_input_grad[1] else None
         for s in range(0, len(targets), ctx.chunk):
             s = slice(s, s + ctx.chunk)
             hs = h[s] if rows is None else h[rows[s]]
@@ -438,7 +459,8 @@ class _TokenLogprobs(torch.autograd.Function):
             num.lib.token_logprobs_back(d.data_ptr(), targets[s].data_ptr(), ctx.temperature, dlogp[s].data_ptr(), *d.shape,
                                         num.c_format)
             num.seen(d, "backward", ctx.where)
-            dw.addmm_(d.t(), hs)
+            if dw is not None:
+                dw.addmm_(d.t(), hs)
             d = num.seen(num.product(d, w, backward=True), "backward", ctx.where)
             if rows is None:
                 dh[s] = d
