@@ -526,7 +526,7 @@ class _Experts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, _):
         x, p, index, weight, total, out, *kept = ctx.saved_tensors
-        num, k, (N, C), wg, wd = ctx.num, ctx.k, ctx.saved_tensors[0].shape, ctx.wg, ctx.wd
+        num, k, (N, C), wg, wd = ctx.num, ctx.k, x.shape, ctx.wg, ctx.wd
         shape, dy = dy.shape, dy.reshape(N, C).float()
         share = weight / total if total is not None else weight
         dshare = (out.view(N, k, C).float() * dy[:, None]).sum(-1)                                    # (N, k)
