@@ -384,7 +384,7 @@ def warn_of_overflow(model, tokens, say, headroom=8):
     if size * headroom <= fmt.max:
         say(f"largest activation on a prompt: {size:.0f} in {where}, {fmt.max / size:.0f} times below {fmt.name}'s end")
         return
-    near = sorted((f for f in found if f[0] * headroom > fmt.max), reverse=True)
+    near = [f for f in found if f[0] * headroom > fmt.max]              # the first one is where it began
     names = ", ".join(f"{w} ({'beyond it' if math.isinf(s) else f'{s:.0f}'})" for s, w in near[:3])
     say(f"warning: activations come within {headroom} times of {fmt.name}'s end, {fmt.max:.0f}, in {len(near)} of {len(found)} "
         f"layers: {names}. Training may overflow there; --precision bf16 has the range")
