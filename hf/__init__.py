@@ -1,3 +1,3 @@
-"""hf/: models as Hugging Face folders hold them. `tokenizer.py` reads a folder's tokenizer, without the libraries that wrote
-it: those are what the tests compare with, and nothing here imports them.
+"""hf/: models and their tokenizers as Hugging Face folders hold them, without the libraries that write such folders: the tests
+compare with those, and nothing here imports them.
 """

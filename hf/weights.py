@@ -230,16 +230,16 @@ def load(folder, device="cpu", context=None, say=lambda text: None):
     return model.use(Numerics("fp32", device).hold(model.parameters()))
 
 
-def save(folder, model, fmt="fp32", like=None):
+def save(folder, model, fmt="fp32", like=None, replace=False):
     """Write a folder that transformers, vLLM and other tools load. fmt: fp32, fp16 or bf16, how the weights are stored. like:
     the folder that the model came from, whose tokenizer is copied; a model from scratch gets one for its bytes. An existing
-    folder is refused; a new one appears whole."""
+    folder is refused, unless it is to be replaced; a new one appears whole."""
     if fmt not in ("fp32", "fp16", "bf16"):
         raise InputError(f"weights can be stored as fp32, fp16 or bf16, not as {fmt}")
     if any(b.lora for b in model.blocks):
         raise InputError("this model has LoRA adapters: save_adapter writes them, and its base is where it was")
     dtype = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)[fmt]
-    with new_folder(folder) as out:
+    with new_folder(folder, replace) as out:
         like = pathlib.Path(like) if like else None
         config = write_config(model.cfg, fmt, read_json(like / "config.json") if like else None)
         shard, size, shards = {}, 0, []
@@ -280,20 +280,22 @@ def shard_file(folder, number, shard):
 class new_folder:
     """A folder that appears under its name only when all in it is written."""
 
-    def __init__(self, path):
-        self.path = pathlib.Path(path)
+    def __init__(self, path, replace=False):
+        self.path, self.replace = pathlib.Path(path), replace
         self.partial = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
 
     def __enter__(self):
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and not self.replace and (not self.path.is_dir() or any(self.path.iterdir())):
             raise InputError(f"{self.path} exists already: name another folder")
         self.partial.mkdir(parents=True)
         return self.partial
 
     def __exit__(self, kind, error, trace):
         if kind is None:
+            for path in self.partial.glob("*.safetensors"):
+                path.chmod(0o644)                                       # the library leaves them to their owner alone
             if self.path.exists():
-                self.path.rmdir()
+                shutil.rmtree(self.path)
             os.replace(self.partial, self.path)
         else:
             shutil.rmtree(self.partial, ignore_errors=True)
@@ -333,7 +335,7 @@ def fingerprint(folder):
 # LoRA
 
 
-def save_adapter(folder, model, base, alpha):
+def save_adapter(folder, model, base, alpha, replace=False):
     """The adapters in PEFT's format: PeftModel.from_pretrained(base model, folder) loads them. FP32, as they were trained."""
     found, targets, rank = {}, {}, 0
     for i, b in enumerate(model.blocks):
@@ -348,7 +350,7 @@ def save_adapter(folder, model, base, alpha):
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base), r=rank, lora_alpha=alpha,
                   target_modules=list(targets), lora_dropout=0.0, bias="none", fan_in_fan_out=False, inference_mode=True,
                   init_lora_weights=True, modules_to_save=None, use_rslora=False, use_dora=False)
-    with new_folder(folder) as out:
+    with new_folder(folder, replace) as out:
         safetensors().torch.save_file(found, str(out / "adapter_model.safetensors"), metadata=dict(format="pt"))
         (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
