@@ -167,8 +167,8 @@ class Block(nn.Module):
         else:
             self.gate_up = nn.Parameter(torch.empty(2 * cfg.mlp_width, C))  # gate first, value second
             self.down = nn.Parameter(torch.empty(C, cfg.mlp_width))
-        self.lora = nn.ModuleDict()                                        # name of a product -> its Adapter
-        self.routes = self.replay = None                                   # see GPT.token_logprobs
+        self.lora, self.adapted = nn.ModuleDict(), True                    # name of a product -> its Adapter
+        self.routes = None                                                 # which experts the last forward pass chose
 
     def parts(self):
         """product -> {its name in checkpoints: (first row, rows)}; what LoRA may adapt."""
@@ -178,13 +178,13 @@ class Block(nn.Module):
         mlp = {"gate_up": dict(gate_proj=(0, F), up_proj=(F, F)), "down": dict(down_proj=(0, self.cfg.width))}
         return attention if self.moe else {**attention, **mlp}
 
-    def forward(self, x, cos, sin, mask, num, name, cache=None, layer=0):
+    def forward(self, x, cos, sin, mask, num, name, cache=None, layer=0, replay=None):
         fused = num.block(self, x, cos, sin, mask, cache, layer)            # these very lines in one compiled call, or None
         if fused is not None:
             return fused
         B, T, C = x.shape
         cfg, H, KV, D = self.cfg, self.cfg.n_heads, self.cfg.n_kv_heads, self.cfg.head_dim
-        lora = self.lora._modules                                           # a dict: {} without adapters
+        lora = self.lora._modules if self.adapted else {}
         num.where = f"{name}.attention"
         h = num.rms_norm(x, self.norm1, cfg.norm_eps)
         h = num.linear(h, self.qkv, self.qkv_bias, lora.get("qkv")).view(B, T, H + 2 * KV, D)
@@ -199,8 +199,7 @@ class Block(nn.Module):
         num.where = f"{name}.mlp"
         h = num.rms_norm(x, self.norm2, cfg.norm_eps)
         if self.moe:
-            y, self.routes = num.experts(h, self.router, self.gate_up, self.down, cfg.experts_per_token, cfg.norm_topk,
-                                         self.replay)
+            y, self.routes = num.experts(h, self.router, self.gate_up, self.down, cfg.experts_per_token, cfg.norm_topk, replay)
         else:
             y = num.linear(num.swiglu(num.linear(h, self.gate_up, None, lora.get("gate_up"))), self.down, None, lora.get("down"))
         return num.add(x, y)
@@ -218,6 +217,7 @@ class GPT(nn.Module):
             self.norm = nn.Parameter(torch.ones(cfg.width))
             self.head = self.embedding if cfg.tied_head else nn.Parameter(torch.empty(cfg.vocab_size, cfg.width))
         self.recompute = False                                              # activations: again on the way back, not kept
+        self.lora = None                                                    # what `adapt` was given
         if seed is not None:
             self._draw(seed)
         self.to(device)
@@ -243,30 +243,38 @@ class GPT(nn.Module):
         self.num = num
         return self
 
-    def adapt(self, rank, alpha, targets=(), seed=0, num=None):
+    def adapt(self, rank, alpha, targets=(), seed=0):
         """Freeze every weight and add LoRA adapters of this rank, FP32 masters; targets: names such as q_proj (default: every
-        projection but a MoE's experts). num: the numerics of a run whose two sides round alike; then what is frozen is kept
-        rounded, in its dtype, and the FP32 masters are let go. Call before Numerics.hold."""
+        projection but a MoE's experts). Call before Numerics.hold."""
         device, g = self.embedding.device, torch.Generator().manual_seed(seed)
         known = {name for b in self.blocks for parts in b.parts().values() for name in parts}
         for name in targets:
             if name not in known:
                 raise InputError(f"LoRA on {name!r}: this model has {', '.join(sorted(known))}")
         self.requires_grad_(False)
-        if num is not None:
-            for p in self.parameters():
-                if not getattr(p, "keep_fp32", False):
-                    p.data = num.rounded(p.data.float()).to(num.dtype)
         for block in self.blocks:
             for product, parts in block.parts().items():
                 chosen = {n: at for n, at in parts.items() if not targets or n in targets}
                 if chosen:
                     inputs = getattr(block, product).shape[1]
                     block.lora[product] = Adapter(chosen, inputs, rank, alpha / rank, g).to(device)
+        self.lora = dict(rank=rank, alpha=alpha, targets=list(targets))
         return self
 
-    def forward(self, tokens, cache=None):
-        """tokens (B, T) int64 -> hidden states (B, T, C) after the last norm, in num.dtype.
+    def adapters(self, on):
+        """With or, for a while, without them: the policy as it was before training is the base alone."""
+        for block in self.blocks:
+            block.adapted = on
+
+    @torch.no_grad()
+    def keep_rounded(self, num):
+        """Where both sides of a run round alike, a frozen weight needs no FP32 master: keep the rounded one, in num's dtype."""
+        for p in self.parameters():
+            if not p.requires_grad and not getattr(p, "keep_fp32", False):
+                p.data = num.rounded(p.data.float()).to(num.dtype)
+
+    def forward(self, tokens, cache=None, replay=None):
+        """tokens (B, T) int64 -> hidden states (B, T, C) after the last norm, in num.dtype. replay: see token_logprobs.
 
         Without a cache the rows start at position 0 and attention is causal; right padding is harmless, since nothing
         looks to its right. With a cache the tokens continue each row behind cache.length, which moves on by T."""
@@ -284,12 +292,15 @@ class GPT(nn.Module):
             mask = (torch.arange(cache.longest + T, device=tokens.device) <= position[..., None])[:, None]
         num.where = "embedding"
         x = num.embed(tokens, self.embedding)
+        sparse = iter(range(self.cfg.n_layers))                    # which of the MoE layers
         for i, block in enumerate(self.blocks):
+            here = cos, sin, mask, num, f"blocks.{i}", cache, i
+            if replay is not None and block.moe:
+                here += (replay[..., next(sparse), :],)
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, mask, num, f"blocks.{i}", cache, i, use_reentrant=False,
-                               preserve_rng_state=False)
+                x = checkpoint(block, x, *here, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, cos, sin, mask, num, f"blocks.{i}", cache, i)
+                x = block(x, *here)
         if cache is not None:
             cache.length, cache.longest = start + T, cache.longest + T
         num.where = "head"
@@ -310,9 +321,8 @@ class GPT(nn.Module):
         tokens (B, T) int64, right-padded; where (B, T) bool, False in column 0. Returns two FP32 vectors in row-major order
         of `where`: log pi(token | what stands left of it) and the entropy of that distribution, nats. replay: `routes` (B, T - 1
         or more, MoE layers, K) of the rollout, to send every token to the experts that it met there."""
-        for i, block in enumerate(b for b in self.blocks if b.moe):
-            block.replay = None if replay is None else replay[:, :tokens.shape[1] - 1, i]
-        hidden = self(tokens[:, :-1]).flatten(0, 1)                 # position t predicts token t + 1
+        replay = replay if replay is None else replay[:, :tokens.shape[1] - 1]
+        hidden = self(tokens[:, :-1], replay=replay).flatten(0, 1)  # position t predicts token t + 1
         rows = where[:, 1:].flatten().nonzero()[:, 0]
         return self.num.token_logprobs(hidden, self.head, tokens[:, 1:].flatten()[rows], rows, temperature)
 
@@ -334,13 +344,16 @@ class GPT(nn.Module):
 FORMAT_VERSION = 1
 
 
-def save_checkpoint(path, model, **rest):
-    """Write model and `rest` (tensors, dicts, lists, numbers, strings) to `path` so that `path` is at every moment either
-    the complete old file or the complete new one: write beside it, flush to the disk, rename."""
+def save_checkpoint(path, model, only_trained=False, **rest):
+    """Write model (only_trained: without its frozen weights) and `rest` (tensors, dicts, lists, numbers, strings) to `path` so
+    that `path` is at every moment either the complete old file or the complete new one: write beside it, flush to the disk,
+    rename."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    state = dict(tenbit=FORMAT_VERSION, gpt=dataclasses.asdict(model.cfg), model=model.state_dict(), **rest)
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad} if only_trained else ()
+    weights = {n: t for n, t in model.state_dict().items() if n not in frozen}
+    state = dict(tenbit=FORMAT_VERSION, gpt=dataclasses.asdict(model.cfg), lora=model.lora, model=weights, **rest)
     try:
         with open(partial, "wb") as f:
             torch.save(state, f)
@@ -376,8 +389,9 @@ def load_checkpoint(path, device="cpu"):
     return state
 
 
-def load_model(state, device="cpu", expect=None):
-    """GPT from a loaded checkpoint. expect: the GPTConfig that the run's settings ask for; a differing shape is refused."""
+def load_model(state, device="cpu", expect=None, base=None):
+    """GPT from a loaded checkpoint. expect: the GPTConfig that the run's settings ask for; a differing shape is refused. base:
+    the GPT with the weights that the checkpoint leaves out."""
     try:
         cfg = GPTConfig(**state["gpt"])
     except (KeyError, TypeError) as e:
@@ -386,11 +400,13 @@ def load_model(state, device="cpu", expect=None):
         a, b = dataclasses.asdict(cfg), dataclasses.asdict(expect)
         raise InputError("the checkpoint's model has another shape: " +
                          ", ".join(f"{k} {a[k]} there, {b[k]} asked for" for k in a if a[k] != b[k]))
-    model = GPT(cfg, device)
+    model = base or GPT(cfg, device, seed=None)
+    if state.get("lora"):
+        model.adapt(**state["lora"])
     try:
-        model.load_state_dict(state["model"])
+        missing, unexpected = model.load_state_dict(state["model"], strict=base is None)
     except (KeyError, RuntimeError) as e:
         raise InputError(f"the checkpoint's weights do not fit its own description: {str(e).splitlines()[-1].strip()}") from None
-    for p in model.parameters():
-        p.requires_grad_(True)
+    if unexpected or any(model.get_parameter(n).requires_grad for n in missing):
+        raise InputError(f"the checkpoint's weights do not fit its base model: {', '.join((unexpected or missing)[:3])}")
     return model.use(Numerics("fp32", device).hold(model.parameters()))

@@ -3,6 +3,8 @@
     python sample.py --model out/run1 --prompt "187+737="                 # answers of a trained model
     python sample.py --model out/run1 --prompt "187+737=" --n 4 --json    # for scripts: one JSON object an answer
     python sample.py --model out/run1 --eval                              # unbiased pass@k on fresh problems of its task
+    python sample.py --model ./Qwen2.5-0.5B-Instruct --prompt "Why is the sky blue?"      # a checkpoint of the hub
+    python sample.py --model out/run1 --save out/hf                       # a folder that transformers and others load
     python sample.py --bench                                              # speed over batch sizes, one JSON line last
 
 The sampler prefills each prompt once, copies its cache to the n answers, and decodes all rows in one batch. It records the
@@ -13,6 +15,7 @@ import argparse
 import dataclasses
 import json
 import math
+import pathlib
 import sys
 import time
 from dataclasses import dataclass
@@ -21,7 +24,7 @@ import numpy as np
 import tiktoken
 import torch
 
-from data import TASKS, draw_problems, make_task, stream
+from data import TASKS, draw_problems, load_problems, make_task, stream
 from fast import numerics
 from model import GPT, GPTConfig, KVCache, load_checkpoint, load_model
 from precision import InputError, nearest, pick_device
@@ -46,6 +49,17 @@ def decode(tokens):
     return TOKENIZER.decode(tokens[:-1] if tokens and tokens[-1] == STOP else tokens)
 
 
+class Bytes:
+    """The tokenizer of models from scratch; hf.tokenizer.HFTokenizer is the same for the others. `prompt` is how a problem is put
+    to the model: here as it is."""
+    n_vocab, stop, pad = TOKENIZER.n_vocab, (STOP,), PAD
+    encode, decode = staticmethod(encode), staticmethod(decode)
+
+    @staticmethod
+    def prompt(text, system=""):
+        return encode(system + text)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampler
 
@@ -58,6 +72,7 @@ class Rollout:
     prompt_length: torch.Tensor  # (R,) int64
     length: torch.Tensor       # (R,) int64, prompt and answer, stop token included
     stopped: torch.Tensor      # (R,) bool, False where the answer ran into max_new_tokens
+    routes: torch.Tensor | None = None  # (R, T, MoE layers, K) int16: the experts that each token met; None without experts
 
     @property
     def is_answer(self):
@@ -67,7 +82,7 @@ class Rollout:
 
     def rows(self, index):
         """The answers `index` (int64 tensor) alone."""
-        return Rollout(*(getattr(self, f.name)[index] for f in dataclasses.fields(self)))
+        return Rollout(*(None if x is None else x[index] for x in (getattr(self, f.name) for f in dataclasses.fields(self))))
 
     @staticmethod
     def join(parts, pad):
@@ -75,13 +90,14 @@ class Rollout:
         width = max(p.tokens.shape[1] for p in parts)
 
         def wide(x, value):
-            return torch.nn.functional.pad(x, (0, width - x.shape[1]), value=value)
+            return torch.nn.functional.pad(x, (0, 0) * (x.dim() - 2) + (0, width - x.shape[1]), value=value)
         return Rollout(torch.cat([wide(p.tokens, pad) for p in parts]), torch.cat([wide(p.logp, 0.0) for p in parts]),
-                       *(torch.cat([getattr(p, k) for p in parts]) for k in ("prompt_length", "length", "stopped")))
+                       *(torch.cat([getattr(p, k) for p in parts]) for k in ("prompt_length", "length", "stopped")),
+                       None if parts[0].routes is None else torch.cat([wide(p.routes, 0) for p in parts]))
 
-    def texts(self):
+    def texts(self, tokenizer=Bytes):
         tokens, start, end = self.tokens.tolist(), self.prompt_length.tolist(), self.length.tolist()
-        return [decode(t[s:e]) for t, s, e in zip(tokens, start, end)]
+        return [tokenizer.decode(t[s:e]) for t, s, e in zip(tokens, start, end)]
 
 
 class EagerStep:
@@ -99,11 +115,19 @@ class EagerStep:
 
 
 class Sampler:
-    """Samples from `model` in the number format that the model uses at the time (model.use). fast: CUDA graphs on a GPU."""
+    """Samples from `model` in the number format that the model uses at the time (model.use). stop: the token that ends an answer,
+    or a tuple of such; fast: CUDA graphs on a GPU (not for experts, whose shapes depend on where tokens go)."""
 
     def __init__(self, model, stop=STOP, pad=PAD, fast=True):
-        self.model, self.stop, self.pad = model, stop, pad
-        self.graphs = {} if fast and model.embedding.is_cuda else None
+        self.model, self.stop, self.pad = model, stop if isinstance(stop, tuple) else (stop,), pad
+        self.graphs = {} if fast and model.embedding.is_cuda and not model.cfg.n_experts else None
+
+    def ends(self, tokens):
+        """Which tokens end an answer: bool, of the same shape."""
+        found = tokens == self.stop[0]
+        for stop in self.stop[1:]:
+            found |= tokens == stop
+        return found
 
     def generate(self, prompts, n=1, max_new_tokens=32, temperature=1.0, seed=0):
         """n answers to each prompt -> Rollout of len(prompts) * n rows, a prompt's answers next to each other.
@@ -148,6 +172,11 @@ class Sampler:
         cache = KVCache(model.cfg, *padded.shape, model.num)
         hidden = model(padded, cache)                                                        # each prompt once
         row = torch.arange(len(out.tokens), device=device)                                   # which answers are in the batch
+        routes = model.routes()                                                              # (P, W, layers, K), with experts
+        if routes is not None:
+            out.routes = routes.new_zeros(*out.tokens.shape, *routes.shape[2:])
+            out.routes[:, :padded.shape[1]] = routes[row // n]
+            routes = routes.new_zeros(len(noise), len(row), *routes.shape[2:])
         hidden = hidden[row // n, out.prompt_length - 1]                                      # (R, C)
         if self.graphs is not None and len(noise) >= 16:                                     # recording takes a few steps' time
             step = self._graph(choose, out.tokens.shape, temperature).start(cache, row // n, out.prompt_length)
@@ -164,7 +193,7 @@ class Sampler:
         for t in range(len(noise)):
             here = t if row is everyone else (t, row)
             tokens[here], logps[here] = token, logp
-            done |= token == self.stop
+            done |= self.ends(token)
             if t + 1 == len(noise):
                 break
             if device.type == "cpu" or t % 16 == 15:                                         # on a GPU, looking means waiting
@@ -176,15 +205,20 @@ class Sampler:
                     # with graphs by halves, since each number of rows needs one of its own
                     row, token, done = row[index], token[index], done[index]
                     step.keep(index)
+            here = t if row is everyone else (t, row)
             token, logp = step(token, noise[t + 1] if row is everyone else noise[t + 1][row])
+            if routes is not None:
+                routes[here] = model.routes()[:, 0]
 
         # a row that had finished went on being sampled until it was dropped: what stands behind its stop token is no answer
-        is_stop = tokens == self.stop
+        is_stop = self.ends(tokens)
         live = is_stop.cumsum(0) - is_stop.long() == 0                                       # up to the first stop token
         out.stopped |= is_stop.any(0)
         out.length += torch.where(out.stopped, live.sum(0), len(noise))
         at = (everyone[None].expand_as(tokens), out.prompt_length + torch.arange(len(noise), device=device)[:, None])
         out.tokens[at], out.logp[at] = torch.where(live, tokens, self.pad), torch.where(live, logps, 0.0)
+        if routes is not None:
+            out.routes[at] = routes
 
     def _graph(self, choose, shape, temperature):
         from fast.graph import GraphStep
@@ -202,18 +236,14 @@ def pass_at_k(n, c, k):
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def solve(sampler, task, problems, n, seed, max_new_tokens=None, temperature=1.0, rows=512, progress=None):
+def solve(sampler, env, problems, n, seed, max_new_tokens=None, temperature=1.0, rows=512, progress=None):
     """n answers to each problem, `rows` of them at a time -> list of how many of the n were right, a problem each.
-    An answer that was cut off counts as wrong."""
+    An answer that was cut off counts as wrong. env: data.env.Env."""
     right, per = [], max(1, rows // n)
     for i in range(0, len(problems), per):
         part = problems[i:i + per]
-        out = sampler.generate(
-            [encode(p.prompt) for p in part], n, max_new_tokens or task.answer_length, temperature, (*seed, i)
-        )
-        good = [
-            s and task.reward(part[j // n], text) == 1.0 for j, (s, text) in enumerate(zip(out.stopped.tolist(), out.texts()))
-        ]
+        out = sampler.generate([env.tokens(p) for p in part], n, max_new_tokens or env.answer_length, temperature, (*seed, i))
+        good = [r == 1.0 for r in env.rewards(part, out)]
         right += [sum(good[j:j + n]) for j in range(0, len(good), n)]
         if progress:
             progress(min(1.0, (i + per) / len(problems)))
@@ -316,9 +346,54 @@ def bench(model, device, prompt_length, new_tokens, sizes=(1, 4, 16, 64, 256, 10
     )
 
 
+def open_model(path, device):
+    """-> (model, its tokenizer, the settings of the run that made it). path: a run's folder, a checkpoint file, or the folder of
+    a Hugging Face checkpoint."""
+    path = pathlib.Path(path)
+    if (path / "config.json").exists() and not (path / "checkpoint.pt").exists():
+        from hf import tokenizer, weights
+        return weights.load(path, device), tokenizer.load_tokenizer(path), dict(model=str(path))
+    state = load_checkpoint(path, device)
+    run, base, tokenizer = state.get("config", {}), None, Bytes
+    if run.get("model"):
+        from hf import tokenizer as tokenizers
+        from hf import weights
+        tokenizer = tokenizers.load_tokenizer(run["model"], run["prompt_form"])
+        if state["lora"]:
+            if weights.fingerprint(run["model"]) != state["base"]:
+                raise InputError(f"{run['model']} is not the model that {path} was trained upon")
+            base = weights.load(run["model"], device, state["gpt"]["context"])
+    return load_model(state, device, base=base), tokenizer, run
+
+
+def evaluate(a, sampler, tokenizer, run):
+    """Unbiased pass@k: on fresh problems of a task that makes its own, else on those of --data."""
+    from data.env import Env
+    name = a.task or run.get("task")
+    if not name:
+        raise InputError("--eval of what? --task NAME, and for a task with real problems --data FILE")
+    task = make_task(name, run.get("digits", 3), run.get("noise", 0.0))
+    env = Env(task, tokenizer, 0, a.max_new_tokens or run.get("max_answer", 0), a.system or run.get("system", ""))
+    n = a.n if a.n > 1 else 16
+    if hasattr(task, "load"):
+        problems = task.load(a.data or run.get("heldout_data") or run.get("data"))
+        problems = [problems[i] for i in stream(a.seed, 9).permutation(len(problems))[:a.problems]]
+    else:
+        problems = load_problems(a.data) if a.data else draw_problems(task, a.problems, stream(a.seed, 9))
+    right = solve(sampler, env, problems, n, (a.seed, 10), temperature=a.temperature)
+    ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k <= n]
+    scores = {k: float(np.mean([pass_at_k(n, c, k) for c in right])) for k in ks}
+    if a.json:
+        print(json.dumps({"task": name, "problems": len(problems), "n": n, **{f"pass@{k}": v for k, v in scores.items()}}))
+    else:
+        size = f" with {run['digits']} digits" if name in TASKS and "digits" in run else ""
+        print(f"{name}{size}, {len(problems)} problems x {n} tries, temperature {a.temperature:g}: "
+              + "  ".join(f"pass@{k} {v:.3f}" for k, v in scores.items()))
+
+
 def main(argv=None):
     p = Parser(prog="sample.py", description="Sample from a model, evaluate it, or time the sampler.", allow_abbrev=False)
-    p.add_argument("--model", help="a run's folder or a checkpoint file")
+    p.add_argument("--model", help="a run's folder, a checkpoint file, or the folder of a Hugging Face checkpoint")
     p.add_argument("--prompt", action="append", default=[], help="what to answer; may be given several times")
     p.add_argument(
         "--n", type=ranged(int, 1, 65536), default=1, help="answers per prompt (with --eval: tries per problem, default 16)"
@@ -336,34 +411,45 @@ def main(argv=None):
     p.add_argument("--fast", action=argparse.BooleanOptionalAction, default=True, help="compiled operators, CUDA graphs")
     p.add_argument("--seed", type=ranged(int, 0, 2 ** 63 - 1), default=0, help="the same seed gives the same answers")
     p.add_argument("--json", action="store_true", help="one JSON object an answer: prompt, text, tokens, logp")
-    p.add_argument("--eval", action="store_true", help="unbiased pass@k on fresh problems of the model's task")
-    p.add_argument("--problems", type=ranged(int, 1, 10 ** 6), default=256, help="how many problems --eval draws")
+    p.add_argument("--eval", action="store_true", help="unbiased pass@k on fresh problems of the model's task, or on --data")
+    p.add_argument("--problems", type=ranged(int, 1, 10 ** 6), default=256, help="how many problems --eval takes")
     p.add_argument("--bench", action="store_true", help="time the sampler over batch sizes (random weights without --model)")
+    p.add_argument("--task", help="for --eval: the task, if it is not the one that the model was trained on")
+    p.add_argument("--data", help="for --eval: a JSON Lines file of problems")
+    p.add_argument("--system", default="", help="a system prompt, for models that know one")
+    p.add_argument("--save", metavar="DIR", help="write the model as a folder that transformers loads, or its adapter for peft")
+    p.add_argument("--save-precision", default="fp32", choices=("fp32", "fp16", "bf16"), help="how --save stores the weights")
     a = p.parse_args(argv)
     device = pick_device(a.device)
     num = numerics(a.precision, device, a.fast)
-    if not (a.prompt or a.eval or a.bench):
-        raise InputError("nothing to do: give --prompt TEXT, --eval or --bench")
+    if not (a.prompt or a.eval or a.bench or a.save):
+        raise InputError("nothing to do: give --prompt TEXT, --eval, --save DIR or --bench")
     if a.model:
-        state = load_checkpoint(a.model, device)
-        model = load_model(state, device)
+        model, tokenizer, run = open_model(a.model, device)
     elif a.bench:
-        state, model = {}, GPT(GPTConfig(vocab_size=TOKENIZER.n_vocab), device)
+        model, tokenizer, run = GPT(GPTConfig(vocab_size=TOKENIZER.n_vocab), device), Bytes, {}
     else:
-        raise InputError("which model? --model out/RUN, the folder of a run of train_rl.py")
+        raise InputError("which model? --model out/RUN, the folder of a run of train_rl.py, or one of a Hugging Face checkpoint")
+    if a.save:
+        from hf import weights
+        if model.lora:
+            weights.save_adapter(a.save, model, run.get("model", ""), model.lora["alpha"])
+        else:
+            weights.save(a.save, model, a.save_precision, like=run.get("model") or None)
+        print(a.save)
     model.use(num.hold(model.parameters()))
-    run = state.get("config", {})
-    task = make_task(run["task"], run["digits"], run["noise"]) if run.get("task") in TASKS else None
+    sampler = Sampler(model, tokenizer.stop, tokenizer.pad, a.fast)
 
     for prompt in a.prompt:
-        tokens = encode(prompt)
+        tokens = tokenizer.prompt(prompt, a.system)
         room = model.cfg.context - len(tokens)
         if room < 1:
             raise InputError(
                 f"the prompt has {len(tokens)} tokens, the model's context is {model.cfg.context}: no room for an answer"
             )
-        out = Sampler(model, fast=a.fast).generate([tokens], a.n, a.max_new_tokens or room, a.temperature, a.seed)
-        for r, text in enumerate(out.texts()):
+        new = a.max_new_tokens or (room if tokenizer is Bytes else min(room, 512))
+        out = sampler.generate([tokens], a.n, new, a.temperature, a.seed)
+        for r, text in enumerate(out.texts(tokenizer)):
             span = slice(len(tokens), int(out.length[r]))
             if a.json:
                 print(
@@ -372,27 +458,9 @@ def main(argv=None):
                     )
                 )
             else:
-                print(f"{prompt}{text}{'' if out.stopped[r] else ' [cut off]'}")
+                print(f"{prompt}{'' if tokenizer is Bytes else chr(10)}{text}{'' if out.stopped[r] else ' [cut off]'}")
     if a.eval:
-        if task is None:
-            raise InputError("--eval needs a model that was trained on a task of data/")
-        n = a.n if a.n > 1 else 16
-        problems = draw_problems(task, a.problems, stream(a.seed, 9))
-        right = solve(Sampler(model, fast=a.fast), task, problems, n, (a.seed, 10), a.max_new_tokens, a.temperature)
-        ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k <= n]
-        scores = {k: float(np.mean([pass_at_k(n, c, k) for c in right])) for k in ks}
-        if a.json:
-            print(
-                json.dumps(
-                    {"task": run["task"], "problems": len(problems), "n": n, **{f"pass@{k}": v for k, v in scores.items()}}
-                )
-            )
-        else:
-            print(
-                f"{run['task']} with {run['digits']} digits, {len(problems)} problems x {n} tries, "
-                f"temperature {a.temperature:g}: "
-                + "  ".join(f"pass@{k} {v:.3f}" for k, v in scores.items())
-            )
+        evaluate(a, sampler, tokenizer, run)
     if a.bench:
         context = model.cfg.context
         bench(model, device, context // 4, context - context // 4)

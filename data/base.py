@@ -19,9 +19,16 @@ from sample import PAD, STOP, TOKENIZER, encode
 RECIPE = 1          # raise it when the way a base is made changes, so that old ones are not taken for new
 
 
-def gpt_config(cfg, task):
+def gpt_config(cfg, env):
+    """The shape of the policy. env: anything with prompt_length and answer_length, a task from scratch or an Env."""
+    context = env.prompt_length + env.answer_length
+    if cfg.model:
+        from hf.weights import read_config
+        return read_config(cfg.model, context)
+    experts = dict(n_experts=cfg.n_experts, experts_per_token=cfg.experts_per_token, expert_width=cfg.expert_width,
+                   qk_norm=True) if cfg.n_experts else {}              # Qwen3-MoE's shape
     return GPTConfig(vocab_size=TOKENIZER.n_vocab, n_layers=cfg.n_layers, width=cfg.width, n_heads=cfg.n_heads,
-                     n_kv_heads=cfg.n_kv_heads, mlp_width=cfg.mlp_width, context=task.prompt_length + task.answer_length)
+                     n_kv_heads=cfg.n_kv_heads, mlp_width=cfg.mlp_width, context=context, **experts)
 
 
 def demonstrations(task, n, rng):
@@ -43,7 +50,13 @@ def clock(seconds):
 
 
 def find_base(cfg, device, say=print):
-    """-> (the cached base model for these settings or None, the path it has or would have, its key)."""
+    """-> (the cached base model for these settings or None, the path it has or would have, its key). A checkpoint of --model
+    stays where it is; what is found out about it is kept under this path."""
+    if cfg.model:
+        from hf.weights import fingerprint
+        key = dict(model=fingerprint(cfg.model), form=cfg.prompt_form, system=cfg.system, precision=cfg.base_precision,
+                   device=device.type, torch=torch.__version__)
+        return None, CACHE / f"model-{key['model']}" / "checkpoint.pt", key
     shape = gpt_config(cfg, make_task(cfg.task, cfg.digits, cfg.noise))
     key = dict(recipe=RECIPE, task=cfg.task, digits=cfg.digits, noise=cfg.noise, gpt=shape.__dict__, steps=cfg.base_steps,
                seed=cfg.seed if cfg.base_seed < 0 else cfg.base_seed, batch=cfg.base_batch, lr=cfg.base_lr,
@@ -59,8 +72,12 @@ def find_base(cfg, device, say=print):
     return None, path, key
 
 
-def get_base(cfg, device, say=print):
-    """The base model for this run's settings: from the cache if it is there, else trained and put there."""
+def get_base(cfg, device, say=print, env=None):
+    """The policy that RL begins with: --model's, else the base model for these settings, from the cache if it is there, else
+    trained and put there. env: for --model, whose context is made as long as it needs."""
+    if cfg.model:
+        from hf.weights import load
+        return load(cfg.model, device, env.prompt_length + env.answer_length, say)
     model, path, key = find_base(cfg, device, say)
     if model:
         say(f"base model: {path.parent} (cached), {model.n_params() / 1e6:.2f} M parameters")

@@ -8,8 +8,9 @@ import dataclasses
 import torch
 
 from algorithms import centred
-from data import draw_problems, make_task, stream
+from data import draw_problems, stream
 from data.base import find_base, gpt_config
+from data.env import make_env
 from model import GPT
 from precision import Numerics, make_scaler, parse_format
 from sample import Sampler
@@ -37,12 +38,12 @@ def bits_and_range():
 def collect_step(scale):
     """Every number of one step, magnitudes in FP32 vectors under "weights", "activations" and "gradients" (of loss * scale)."""
     cfg = Config(prompts=4)
-    task = make_task(cfg.task, cfg.digits, cfg.noise)
+    env = make_env(cfg)
     model = find_base(cfg, torch.device("cpu"))[0]
     trained = model is not None
-    model = model or GPT(gpt_config(cfg, task))
+    model = model or GPT(gpt_config(cfg, env))
     model.use(Numerics("fp32").hold(model.parameters()))
-    rollout, _, rewards = collect(Sampler(model), task, draw_problems(task, cfg.prompts, stream(0)), cfg, (0, 0))
+    rollout, rewards = collect(Sampler(model), env, draw_problems(env.task, cfg.prompts, stream(0)), cfg, (0, 0))
     if rewards.std() == 0:                                              # an untrained model is never right: pretend
         rewards = (torch.arange(rewards.numel()) % 2).float().view_as(rewards)
     seen = {"forward": [], "backward": []}
@@ -54,7 +55,7 @@ def collect_step(scale):
         centred(rewards).flatten(),
         dataclasses.replace(cfg, micro_batch=64),
         scaler,
-        task.answer_length,
+        env.answer_length,
     )
     return {
         "weights": torch.cat([p.detach().abs().flatten() for p in model.parameters()]),

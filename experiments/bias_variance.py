@@ -22,8 +22,9 @@ import numpy as np
 import torch
 
 from algorithms import ALGORITHMS, leave_one_out
-from data import draw_problems, make_task, stream
+from data import draw_problems, stream
 from data.base import get_base
+from data.env import make_env
 from experiments.lab import GPU, LAB, QUICK, Lab
 from fast import numerics
 from precision import make_scaler, pick_device
@@ -71,30 +72,30 @@ class Moments:
 def measure(lab, seed, pairs, batches):
     size = lab.pick(LAB, QUICK, GPU)
     cfg = parse_config([*lab.device(), *size, "--seed", str(seed)])[0]
-    device, task = pick_device(cfg.device), make_task(cfg.task, cfg.digits, cfg.noise)
+    device, env = pick_device(cfg.device), make_env(cfg)
     model = get_base(cfg, device)
     nums = {f: numerics(f, device, cfg.fast).hold(model.parameters()) for f in {"fp32", *"/".join(pairs).split("/")}}
     sampler, out, true = Sampler(model, fast=cfg.fast), {}, Moments()
     for batch in range(batches):
-        problems = draw_problems(task, cfg.prompts, stream(seed, 30, batch))
+        problems = draw_problems(env.task, cfg.prompts, stream(seed, 30, batch))
         drawn = {}
 
         def act(fmt, problems=problems, drawn=drawn, batch=batch):
             if fmt not in drawn:
                 model.use(nums[fmt])
-                rollout, _, rewards = collect(sampler, task, problems, cfg, (seed, 31, batch))
+                rollout, rewards = collect(sampler, env, problems, cfg, (seed, 31, batch))
                 drawn[fmt] = rollout, leave_one_out(rewards).flatten().to(device)
             return drawn[fmt]
         one = dataclasses.replace(cfg, algo="pg")
         answers = act("fp32")
-        reference = gradient(model.use(nums["fp32"]), *answers, one, task.answer_length)
+        reference = gradient(model.use(nums["fp32"]), *answers, one, env.answer_length)
         true.add(reference, reference * 0)
         for pair in pairs:
             fmt, training = pair.split("/")
             answers = act(fmt)
             for name, (algo, kw) in NAMES.items():
                 settings = dataclasses.replace(cfg, algo=algo, **{**ALGORITHMS[algo].settings, **kw})
-                g = gradient(model.use(nums[training]), *answers, settings, task.answer_length)
+                g = gradient(model.use(nums[training]), *answers, settings, env.answer_length)
                 out.setdefault(f"{name} {pair}", Moments()).add(g, reference)
     scale = true.norm2()
     estimates = {k: dict(bias2=m.bias2() / scale, variance=m.variance() / true.variance()) for k, m in out.items()}

@@ -39,7 +39,7 @@ GPU = ("--digits 6 --noise 0.08 --n-layers 4 --width 256 --n-heads 4 --n-kv-head
 QUICK = ("--digits 1 --noise 0.3 --n-layers 2 --width 64 --mlp-width 192 --base-steps 300 --base-batch 64 --base-lr 4e-3 "
          "--pool 70 --prompts 16 --lr 1e-3").split()
 CURVES = ("accuracy", "kl_k3", "logp_gap_mean", "logp_gap_max", "seq_kl", "entropy", "grad_norm", "kept_share", "clipped_share",
-          "weight_sd", "exact_share", "skipped_steps", "loss_scale", "tokens", "t_rollout", "t_train")
+          "weight_sd", "exact_share", "skipped_steps", "loss_scale", "tokens", "t_rollout", "t_train", "route_flips")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def run(job, folder, about):
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.exists() else []
     steps = [r for r in rows if "step" in r]
     out["config"] = rows[0].get("config", {}) if rows else {}
-    out["curves"] = {k: [short(m[k]) for m in steps] for k in CURVES}
+    out["curves"] = {k: [short(m[k]) for m in steps if k in m] for k in CURVES}         # routes: of models with experts
     said = ((path / "log.txt").read_text(encoding="utf-8").strip().splitlines() or [""])[-1]
     if child.returncode in (0, 1) and rows and "result" in rows[-1]:
         out |= rows[-1]["result"]
@@ -217,7 +217,7 @@ def summary(records):
 
 def middle(rs, key):
     """Mean over steps, then over seeds, of what is finite."""
-    values = [v for r in rs for v in [np.asarray(r["curves"][key], float)] for v in [v[np.isfinite(v)]] if len(v)]
+    values = [v for r in rs for v in [np.asarray(r["curves"].get(key, ()), float)] for v in [v[np.isfinite(v)]] if len(v)]
     return float(np.mean([v.mean() for v in values])) if values else None
 
 

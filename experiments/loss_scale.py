@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from algorithms import centred
-from data import draw_problems, make_task, stream
+from data import draw_problems, stream
 from data.base import get_base
+from data.env import make_env
 from experiments.lab import GPU, LAB, QUICK, Job, Lab, band, paired, spread, summary
 from fast import numerics
 from precision import make_scaler, parse_format, pick_device
@@ -28,12 +29,12 @@ SCALES = (0, 4, 8, 16)
 
 def exponents(cfg, seed):
     """Counts of floor(log2 |x|) from LOW on, over the gradients of all activations of one step; the first place counts zeros."""
-    device, task = pick_device(cfg.device), make_task(cfg.task, cfg.digits, cfg.noise)
+    device, env = pick_device(cfg.device), make_env(cfg)
     model = get_base(cfg, device)
     num = numerics("fp32", device, fast=False)                  # the compiled block does not show what is within
     model.use(num.hold(model.parameters()))
-    problems = draw_problems(task, cfg.prompts, stream(seed, 40))
-    rollout, _, rewards = collect(Sampler(model, fast=False), task, problems, cfg, (seed, 41))
+    problems = draw_problems(env.task, cfg.prompts, stream(seed, 40))
+    rollout, rewards = collect(Sampler(model, fast=False), env, problems, cfg, (seed, 41))
     counts = np.zeros(HIGH - LOW + 1, dtype=np.int64)           # the first place counts zeros
 
     def spy(where, kind, x):
@@ -42,7 +43,7 @@ def exponents(cfg, seed):
             counts[:] += torch.bincount(e.flatten(), minlength=len(counts)).cpu().numpy()
     num.spy = spy
     rows = torch.arange(len(rollout.length), device=device).chunk(cfg.updates_per_batch)[0]      # one update's, as a run has
-    accumulate_gradient(model, rollout, centred(rewards).flatten().to(device), cfg, make_scaler(num), task.answer_length, rows)
+    accumulate_gradient(model, rollout, centred(rewards).flatten().to(device), cfg, make_scaler(num), env.answer_length, rows)
     return counts
 
 

@@ -317,7 +317,8 @@ def test_adapters_are_pefts(targets, tmp_path, device):
 def test_lora_keeps_one_rounded_base(device):
     """The base is frozen in the format, once; adapters have FP32 masters; an unknown projection is refused."""
     num = numerics("fp16", device)
-    model = tiny(device).adapt(2, 4.0, num=num)
+    model = tiny(device).adapt(2, 4.0)
+    model.keep_rounded(num)
     num.hold(model.parameters())
     for n, p in model.named_parameters():
         assert p.requires_grad == ("lora" in n)

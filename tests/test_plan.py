@@ -6,6 +6,7 @@ import torch
 from conftest import VARIANTS, tiny
 
 import train_rl
+from data.env import make_env
 from experiments.plan import needs, plan, saved_per_token
 from precision import InputError
 from train_rl import Config
@@ -42,9 +43,9 @@ def test_parameters_are_counted_right():
 
 def test_the_plan_says_what_to_lower(monkeypatch, capsys):
     cfg = dataclasses.replace(Config(), micro_batch=512)
-    total = sum(size for size, _ in needs(cfg, torch.device("cpu")).values())
+    total = sum(size for size, _ in needs(cfg, torch.device("cpu"), make_env(cfg)).values())
     assert plan(cfg, print) == 0 and "it fits" in capsys.readouterr().out
-    small = sum(size for size, _ in needs(dataclasses.replace(cfg, micro_batch=128), torch.device("cpu")).values())
+    small = sum(size for size, _ in needs(dataclasses.replace(cfg, micro_batch=128), torch.device("cpu"), make_env(cfg)).values())
     assert small < total
     monkeypatch.setattr("experiments.plan.available", lambda device: small + 1)
     assert plan(cfg, print) == 1

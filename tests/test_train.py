@@ -10,6 +10,7 @@ from test_sample import PROMPTS, sampler_of
 import train_rl
 from algorithms import ALGORITHMS, policy_loss
 from data import Problem, draw_problems, load_problems, make_task, stream
+from data.env import Env
 from precision import InputError, Numerics, make_scaler
 from sample import Rollout
 from train_rl import (
@@ -177,16 +178,17 @@ def test_dynamic_sampling_replaces_groups_that_agree():
     cfg = Config(prompts=2, group=4, dynamic_sampling=3, seed=0)
     order = [problems[i].prompt for i in stream(0, 3, 0).permutation(6)]
     task = Scripted(dict(a=0, b=2, c=4, d=1, e=3, f=0))
-    rollout, texts, batch, rewards, seen, drawn = collect_step(sampler, task, problems, 0, cfg, 1)
+    rollout, batch, rewards, seen, drawn = collect_step(sampler, Env(task), problems, 0, cfg, 1)
     signal = [p for p in order if task.right[p] not in (0, 4)]
     looked = next(n for n in (2, 4, 6) if len([p for p in order[:n] if p in signal]) >= 2 or n == 6)
     assert drawn == looked and len(seen) == looked and task.asked == [p for p in order[:looked] for _ in range(4)]
-    assert [p.prompt for p in batch] == signal[:2] and (rewards.std(1) > 0).all() and len(rollout.length) == len(texts) == 8
+    assert [p.prompt for p in batch] == signal[:2] and (rewards.std(1) > 0).all() and len(rollout.length) == 8
     assert seen.mean().item() == pytest.approx(sum(task.right[p] for p in order[:looked]) / (4 * looked))
-    one = collect_step(sampler, Scripted(task.right), problems, 0, dataclasses.replace(cfg, dynamic_sampling=1), 1)
-    assert [p.prompt for p in one[2]] == order[:2] and one[5] == 2
+    one = collect_step(sampler, Env(Scripted(task.right)), problems, 0, dataclasses.replace(cfg, dynamic_sampling=1), 1)
+    assert [p.prompt for p in one[1]] == order[:2] and one[4] == 2
     # too few with signal: what is missing is filled up with groups that agree, in the order in which they were drawn
-    _, _, batch, rewards, _, drawn = collect_step(sampler, Scripted(dict.fromkeys("abcdef", 4) | dict(a=1)), problems, 0, cfg, 1)
+    env = Env(Scripted(dict.fromkeys("abcdef", 4) | dict(a=1)))
+    _, batch, rewards, _, drawn = collect_step(sampler, env, problems, 0, cfg, 1)
     assert drawn == 6 and {"a", order[0]} >= {p.prompt for p in batch} and sorted(r.std() > 0 for r in rewards) == [False, True]
     assert [p.prompt for p in batch] == sorted((p.prompt for p in batch), key=order.index)
 
