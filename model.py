@@ -351,8 +351,7 @@ def save_checkpoint(path, model, only_trained=False, **rest):
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    frozen = {n for n, p in model.named_parameters() if not p.requires_grad} if only_trained else ()
-    weights = {n: t for n, t in model.state_dict().items() if n not in frozen}
+    weights = {n: p.detach() for n, p in model.state_dict(keep_vars=True).items() if p.requires_grad or not only_trained}
     state = dict(tenbit=FORMAT_VERSION, gpt=dataclasses.asdict(model.cfg), lora=model.lora, model=weights, **rest)
     try:
         with open(partial, "wb") as f:

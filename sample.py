@@ -222,11 +222,13 @@ class Sampler:
 
     def _graph(self, choose, shape, temperature):
         from fast.graph import GraphStep
-        key = (*shape, temperature, self.model.num)
+        rows, width = shape                                              # prompts differ in length: few widths, few recordings
+        width = -(-width // (64 if width <= 256 else 256)) * (64 if width <= 256 else 256)
+        key = rows, width, temperature, self.model.num
         if key not in self.graphs:
             while len(self.graphs) > 1:                                                      # each holds a KV cache: keep two
                 del self.graphs[next(iter(self.graphs))]
-            self.graphs[key] = GraphStep(self.model, choose, *shape)
+            self.graphs[key] = GraphStep(self.model, choose, rows, width)
         return self.graphs[key]
 
 

@@ -136,7 +136,7 @@ class Config:
     # size of the pieces
     micro_batch: int = opt(128, "answers per forward and backward pass", 1, 10 ** 5)
     fast: bool = opt(True, "compiled operators on a CPU, CUDA graphs on a GPU; --no-fast: the plain ones, to read and to compare")
-    rollout_rows: int = opt(512, "answers decoded at once while choosing and evaluating", 1, 10 ** 6)
+    rollout_rows: int = opt(512, "answers decoded at once", 1, 10 ** 6)
     # measuring and keeping
     heldout: int = opt(256, "problems, not in the pool, for pass@1 before and after (0: none)", 0, 10 ** 6)
     eval_tries: int = opt(4, "sampled answers per problem in every evaluation", 1, 4096)
@@ -161,7 +161,7 @@ GPU = dict(digits=20, noise=0.025, n_layers=8, width=512, n_heads=8, n_kv_heads=
 
 # With --model. Learning rates are the paper's, for full weights and for adapters; all problems of the file are trained on.
 MODEL = dict(lr=1e-6, lr_schedule="constant", lr_warmup=0, pool=0, keep_from=0.0, keep_to=1.0, steps=200, eval_tries=1,
-             micro_batch=16, base_precision="fp16", save_every=50, sample_every=1)
+             micro_batch=16, rollout_rows=256, recompute=True, base_precision="fp16", save_every=50, sample_every=1)
 LORA = dict(lr=4e-5)
 
 # A verdict is given for the test as it stands. These settings may differ: they say how and where it runs, not what it asks.
@@ -242,8 +242,12 @@ def learning_rate(cfg, updates):
 
 
 def collect(sampler, env, problems, cfg, seed):
-    """G answers to each problem -> Rollout, rewards (P, G) on the CPU. An answer that was cut off gets 0."""
-    rollout = sampler.generate([env.tokens(p) for p in problems], cfg.group, env.answer_length, cfg.temperature, seed)
+    """G answers to each problem, --rollout-rows at a time -> Rollout, rewards (P, G) on the CPU. One that was cut off gets 0."""
+    per, parts = max(1, cfg.rollout_rows // cfg.group), []
+    for i in range(0, len(problems), per):
+        tokens = [env.tokens(p) for p in problems[i:i + per]]
+        parts.append(sampler.generate(tokens, cfg.group, env.answer_length, cfg.temperature, (*seed, i) if i else seed))
+    rollout = parts[0] if len(parts) == 1 else Rollout.join(parts, sampler.pad)
     return rollout, torch.tensor(env.rewards(problems, rollout)).view(-1, cfg.group)
 
 

@@ -1,4 +1,6 @@
 """What a model meets of a task: its problems as tokens, and its judgement of answers."""
+import pathlib
+
 from data import draw_problems, load_problems, make_task, stream
 from data.guard import Guard
 from precision import InputError
@@ -37,6 +39,8 @@ def make_env(cfg, say=print):
     """The task and tokenizer of a run's settings."""
     task, tokenizer = make_task(cfg.task, cfg.digits, cfg.noise), Bytes
     if cfg.model:
+        if not (pathlib.Path(cfg.model) / "config.json").exists():
+            raise InputError(f"--model {cfg.model}: no checkpoint's folder is there (config.json, *.safetensors, tokenizer.json)")
         from hf.tokenizer import load_tokenizer
         tokenizer = load_tokenizer(cfg.model, cfg.prompt_form)
     elif not hasattr(task, "demonstrate"):

@@ -41,7 +41,7 @@ def saved_per_token(gpt, length, element, lanes, attention, lora=0):
 def most_rows(cfg):
     """Answers that are decoded at once, at most: in a step, while choosing or while evaluating."""
     choosing = (cfg.pool or cfg.rollout_rows) * cfg.tries if cfg.keep_from > 0 or cfg.keep_to < 1 else 0
-    return max(cfg.prompts * cfg.group, min(cfg.rollout_rows, max(choosing, cfg.heldout * cfg.eval_tries)))
+    return min(cfg.rollout_rows, max(choosing, cfg.heldout * cfg.eval_tries, cfg.prompts * cfg.group))
 
 
 def largest_batch(cfg):
@@ -78,9 +78,10 @@ def needs(cfg, device, env):
         rounded += 4 * matrices * (2 + (cfg.rollout_format != cfg.train_format))
     element = native[cfg.train_format]
     rows = most_rows(cfg)
-    width = -(-length // 64) * 64 if gpu and cfg.fast else length
+    width = -(-length // (64 if length <= 256 else 256)) * (64 if length <= 256 else 256) if gpu and cfg.fast else length
     cache = 2 * gpt.n_layers * gpt.n_kv_heads * gpt.head_dim * width * native[cfg.rollout_format]
-    kept = cache * (rows + cfg.prompts * cfg.group if gpu and cfg.fast else 3 * rows // 2)      # two sets of graphs; or a copy
+    step = min(cfg.rollout_rows, cfg.prompts * cfg.group)
+    kept = cache * (rows + (step if step < rows else 0) if gpu and cfg.fast else 3 * rows // 2)  # two sets of graphs; or a copy
     tokens = largest_batch(cfg) * (length - 1)
     attention = "exact" if cfg.exact else "fused" if gpu and element == 2 else "plain"
     layer = saved_per_token(gpt, length, element, lanes, attention, cfg.lora_rank)
@@ -100,7 +101,7 @@ def needs(cfg, device, env):
         "gradients, FP32": (4 * trained, size_flags),
         "AdamW's two moments, FP32": (8 * trained, size_flags),
         f"KV cache of {rows} rows of {width}": (kept, "--rollout-rows --prompts --group --digits"),
-        f"logits of {rows} rows": (rows * gpt.vocab_size * (4 if lanes else 20), "--rollout-rows --prompts"),
+        f"logits of {rows} rows": (rows * gpt.vocab_size * (4 if lanes else 29), "--rollout-rows --prompts"),
         f"activations of {tokens} tokens": (tokens * (kept_layers + gpt.width * element), "--micro-batch --recompute"),
         "the layer at work": (passing, "--micro-batch --digits"),
         "logits while training, a chunk": (logits, "--micro-batch"),

@@ -89,7 +89,8 @@ def read_config(folder, context=None):
                        expert_width=c["moe_intermediate_size"], norm_topk=c.get("norm_topk_prob", False),
                        dense_layers=tuple(sorted(dense)))
         if context is not None and context > longest:
-            raise InputError(f"{context} tokens of prompt and answer are more than the {longest} that {folder} was made for")
+            raise InputError(f"{context} tokens of prompt and answer are more than the {longest} that {folder} was made for: "
+                             "lower --max-answer or --max-prompt")
         keys = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
         for name in ("vocab_size", "hidden_size", "intermediate_size"):
             if type(c[name]) is not int or c[name] < 1:

@@ -1,0 +1,14 @@
+"""A task of your own in a few lines: python train_rl.py --model FOLDER --task data/example_task.py"""
+import random
+
+WORDS = "strawberry banana committee balloon mississippi parallel coffee letter address bookkeeper tennessee success".split()
+
+
+def problems():
+    pairs = [(word, letter) for word in WORDS for letter in sorted(set(word))]
+    random.Random(0).shuffle(pairs)
+    return [(f'How often does the letter "{c}" stand in "{w}"? Answer with one number.', str(w.count(c))) for w, c in pairs]
+
+
+def reward(question, answer, text):
+    return float(text.strip() == answer)

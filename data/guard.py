@@ -1,0 +1,195 @@
+"""Rewards that may be slow, hang, raise or die: asked for under a time limit, and never the end of a run.
+
+`Guard.rewards` grades answers. A task marked `safe` is a bounded parser of this program's own and runs where it is called. Any
+other (LaTeX, a file of your own) runs in processes of its own, started anew from the task's name, several at a time. One that
+takes too long is killed, which also ends what no signal reaches, such as 10 ** 10 ** 10. What went wrong counts 0 and is said
+once a kind, with the answer that caused it.
+
+The children are plain `python -m data.guard NAME`: multiprocessing would import the parent's main module, and with it torch, once
+more in each. They end when the parent does: their standard input ends then, and no answer may use more processor time than a few
+of its limits.
+"""
+import json
+import math
+import os
+import pathlib
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+from data import Problem, input_error, make_task
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+START = 120                                 # seconds that a child may take to begin: on a busy machine sympy takes ten to import
+MEMORY = 4 << 30                            # bytes of address space that a child may take
+
+
+class Guard:
+    """task: see data/__init__.py. seconds: what one answer may take. workers: children (0: a core each, at most 4)."""
+
+    def __init__(self, task, seconds=5.0, workers=0, say=print):
+        self.task, self.seconds, self.say, self.told = task, seconds, say, set()
+        self.children = queue.Queue()
+        self.workers = workers or min(4, os.cpu_count() or 1)
+        if not getattr(task, "safe", True):
+            first = Child(task.name, seconds)
+            self.children.put(first.start())            # what cannot begin (a missing package, say) is an error here and now
+            for _ in range(self.workers - 1):
+                self.children.put(Child(task.name, seconds))
+
+    def rewards(self, pairs):
+        """[(problem, text)] -> a reward each, in their order."""
+        if getattr(self.task, "safe", True):
+            out = [self._inline(problem, text) for problem, text in pairs]
+        else:
+            with ThreadPoolExecutor(self.workers) as pool:
+                out = list(pool.map(self._child, pairs))
+        return [self._number(x, text) for x, (_, text) in zip(out, pairs)]
+
+    def _inline(self, problem, text):
+        try:
+            return self.task.reward(problem, text)
+        except Exception as e:
+            return f"{type(e).__name__}: {e}"
+
+    def _child(self, pair):
+        child = self.children.get()
+        try:
+            return child.ask(*pair)
+        finally:
+            self.children.put(child)
+
+    def _number(self, x, text):
+        """What a reward function gave, as a number: 0 for what is none, and a line the first time that its like is met."""
+        if isinstance(x, (int, float)) and math.isfinite(x):
+            return float(x)
+        why = x if isinstance(x, str) else f"it gave {x!r}, which is no finite number"
+        if why.split(":")[0] not in self.told:
+            self.told.add(why.split(":")[0])
+            self.say(f"note: the reward of the answer {text[:200]!r} counts 0: {why[:200]} (said once; so will the like)")
+        return 0.0
+
+    def close(self):
+        while not self.children.empty():
+            self.children.get().stop()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+class Child:
+    """One process that grades. Started when first asked, and again after it was killed or died."""
+
+    def __init__(self, name, seconds):
+        self.name, self.seconds, self.process = name, seconds, None
+
+    def start(self):
+        self.process = subprocess.Popen([sys.executable, "-m", "data.guard", self.name, str(self.seconds)], cwd=ROOT,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+        self.said = queue.Queue()
+        threading.Thread(target=self._listen, args=(self.process, self.said), daemon=True).start()
+        ready = self._next(START)
+        if ready != "ready":
+            self.stop()
+            raise input_error(ready or f"the grader of {self.name} did not begin within {START} s")
+        return self
+
+    @staticmethod
+    def _listen(process, said):
+        for line in process.stdout:
+            said.put(json.loads(line))
+        said.put(None)                                               # it has ended
+
+    def _next(self, seconds):
+        try:
+            return self.said.get(timeout=seconds)
+        except queue.Empty:
+            return None
+
+    def ask(self, problem, text):
+        """A reward, or a text that says why there is none."""
+        if self.process is None:
+            self.start()
+        try:
+            self.process.stdin.write(json.dumps([problem.prompt, problem.answer, text]) + "\n")
+            self.process.stdin.flush()
+            found = self._next(self.seconds)
+        except OSError:                                              # it died between two answers
+            found = None
+        if found is None:
+            died = self.process.poll() is not None
+            self.stop()
+            return "the grader died of it" if died else f"TimeoutError: more than {self.seconds:g} s"
+        return found[0]
+
+    def stop(self):
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process.stdin.close()
+            self.process = None
+
+    def __del__(self):
+        try:
+            self.stop()
+        except (OSError, AttributeError, TypeError, ValueError):     # at the interpreter's end anything may be gone
+            pass
+
+
+def limit(seconds):
+    """Bounds of this process that hold in C code too, where no Python signal handler runs."""
+    try:
+        import resource
+    except ImportError:                                              # Windows
+        return lambda: None
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+
+    def more():
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        most = math.ceil(used.ru_utime + used.ru_stime + 2 * seconds) + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (most, resource.RLIM_INFINITY))
+    return more
+
+
+def serve(name, seconds):
+    """The child: a problem and an answer a line in, a reward a line out."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                     # Ctrl-C is the parent's to answer
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)                                                    # what a reward function prints is no reward
+    lines = queue.Queue()
+
+    def tell(x):
+        out.write(json.dumps(x) + "\n")
+        out.flush()
+
+    def read():
+        for line in sys.stdin.buffer:
+            lines.put(json.loads(line))
+        os._exit(0)                                                  # the parent is gone
+    try:
+        task = make_task(name)
+        getattr(task, "prepare", lambda: None)()
+    except Exception as e:
+        return tell(str(e) or type(e).__name__)
+    more = limit(seconds)
+    threading.Thread(target=read, daemon=True).start()
+    tell("ready")
+    while True:
+        prompt, answer, text = lines.get()
+        more()
+        try:
+            x = task.reward(Problem(prompt, answer), text)
+            x = float(x) if isinstance(x, (bool, int, float)) or hasattr(x, "__float__") else repr(x)
+            tell([x if isinstance(x, float) and math.isfinite(x) else f"it gave {x}, which is no finite number"])
+        except BaseException as e:                                   # SystemExit as well: a grader does not end its process
+            tell([f"{type(e).__name__}: {e}"])
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], float(sys.argv[2]))
