@@ -874,7 +874,7 @@ def verdict(cfg, run, changed, accuracy, learned, before, after, kept):
         say(f"the same answered in {cfg.train_format}, as it was trained: {learned:.3f}")
     passed = None if changed else accuracy >= 0.95
     if cfg.model:
-        say("no verdict: that is for the default job. The paper asks for 0.950 on a perfectible set (--keep-from 0.2 --keep-to 0.8)")
+        say("no verdict: that is for the default job; the paper asks 0.950 of a perfectible set (--keep-from 0.2 --keep-to 0.8)")
     elif changed:
         say(f"no verdict: changed from the preset: {', '.join('--' + c.replace('_', '-') for c in changed)}")
     else:

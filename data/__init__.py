@@ -8,6 +8,7 @@ One whose model begins from scratch (TASKS) also has, for the noisy demonstrator
     prompt_length, answer_length   bounds in tokens, the answer's with its stop token
     problem(rng)                   -> Problem(prompt, answer), drawn from a numpy Generator
     demonstrate(problem, rng)      -> the text of one noisy worked answer
+    prompt(question)               -> the problem in words, for a real model (optional)
 One for a model that can read (REAL, or a file of yours: data/own.py) has instead
     load(path)                     -> Problems, whose `prompt` is the question as the file has it
     prompt(question)               -> the text that the model is to read

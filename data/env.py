@@ -16,13 +16,13 @@ class Env:
     def __init__(self, task, tokenizer=Bytes, prompt_length=0, answer_length=0, system="", seconds=5.0, say=print):
         self.task, self.tokenizer, self.system = task, tokenizer, system
         self.prompt_length = prompt_length or getattr(task, "prompt_length", 0)
-        self.answer_length = answer_length or (getattr(task, "answer_length", 0) if tokenizer is Bytes else 0) or ANSWER
+        self.answer_length = answer_length or getattr(task, "answer_length", ANSWER)
         self.guard = Guard(task, seconds, say=say)
 
     def text(self, problem):
         """What the model is to read."""
-        reads = self.tokenizer is not Bytes and hasattr(self.task, "prompt")
-        return self.task.prompt(problem.prompt) if reads else problem.prompt
+        reads = hasattr(self.task, "load") or getattr(self.tokenizer, "form", "plain") != "plain"       # words, not only signs
+        return self.task.prompt(problem.prompt) if reads and hasattr(self.task, "prompt") else problem.prompt
 
     def tokens(self, problem):
         return self.tokenizer.prompt(self.text(problem), self.system)

@@ -24,6 +24,8 @@ from data import Problem, input_error, make_task
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 START = 120                                 # seconds that a child may take to begin: on a busy machine sympy takes ten to import
+DIED = ["the grader died of it"]
+NOT_A_NUMBER = ", which is no finite number"
 MEMORY = 4 << 30                            # bytes of address space that a child may take
 
 
@@ -66,9 +68,10 @@ class Guard:
         """What a reward function gave, as a number: 0 for what is none, and a line the first time that its like is met."""
         if isinstance(x, (int, float)) and math.isfinite(x):
             return float(x)
-        why = x if isinstance(x, str) else f"it gave {x!r}, which is no finite number"
-        if why.split(":")[0] not in self.told:
-            self.told.add(why.split(":")[0])
+        why = x if isinstance(x, str) else f"it gave {x!r}{NOT_A_NUMBER}"
+        kind = NOT_A_NUMBER if why.endswith(NOT_A_NUMBER) else why.split(":")[0]
+        if kind not in self.told:
+            self.told.add(kind)
             self.say(f"note: the reward of the answer {text[:200]!r} counts 0: {why[:200]} (said once; so will the like)")
         return 0.0
 
@@ -94,10 +97,13 @@ class Child:
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
         self.said = queue.Queue()
         threading.Thread(target=self._listen, args=(self.process, self.said), daemon=True).start()
-        ready = self._next(START)
+        try:
+            ready = self.said.get(timeout=START)
+        except queue.Empty:
+            ready = f"the grader of {self.name} did not begin within {START} s"
         if ready != "ready":
             self.stop()
-            raise input_error(ready or f"the grader of {self.name} did not begin within {START} s")
+            raise input_error(ready or f"the grader of {self.name} ended as it began")
         return self
 
     @staticmethod
@@ -106,12 +112,6 @@ class Child:
             said.put(json.loads(line))
         said.put(None)                                               # it has ended
 
-    def _next(self, seconds):
-        try:
-            return self.said.get(timeout=seconds)
-        except queue.Empty:
-            return None
-
     def ask(self, problem, text):
         """A reward, or a text that says why there is none."""
         if self.process is None:
@@ -119,13 +119,15 @@ class Child:
         try:
             self.process.stdin.write(json.dumps([problem.prompt, problem.answer, text]) + "\n")
             self.process.stdin.flush()
-            found = self._next(self.seconds)
+            found = self.said.get(timeout=self.seconds) or DIED
+        except queue.Empty:
+            found = [f"TimeoutError: more than {self.seconds:g} s"]
         except OSError:                                              # it died between two answers
-            found = None
-        if found is None:
-            died = self.process.poll() is not None
-            self.stop()
-            return "the grader died of it" if died else f"TimeoutError: more than {self.seconds:g} s"
+            found = ["the grader died before it"]
+        else:
+            if found != DIED:
+                return found[0]
+        self.stop()
         return found[0]
 
     def stop(self):
@@ -186,7 +188,7 @@ def serve(name, seconds):
         try:
             x = task.reward(Problem(prompt, answer), text)
             x = float(x) if isinstance(x, (bool, int, float)) or hasattr(x, "__float__") else repr(x)
-            tell([x if isinstance(x, float) and math.isfinite(x) else f"it gave {x}, which is no finite number"])
+            tell([x if isinstance(x, float) and math.isfinite(x) else f"it gave {x}{NOT_A_NUMBER}"])
         except BaseException as e:                                   # SystemExit as well: a grader does not end its process
             tell([f"{type(e).__name__}: {e}"])
 

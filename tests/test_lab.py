@@ -122,7 +122,7 @@ def test_a_sweep_runs_resumes_and_reports(monkeypatch, tmp_path, cache, capsys):
 
 
 @pytest.mark.parametrize("name", [
-    "mismatch", "sanity", "precision_grid", "bias_variance", "loss_scale", "overflow", "dial", "collapse"])
+    "mismatch", "sanity", "precision_grid", "bias_variance", "loss_scale", "overflow", "dial", "collapse", "variants"])
 def test_every_experiment_has_a_quick_version(name, tmp_path, cache, monkeypatch):
     """It runs, and leaves a JSON file with its provenance and a picture."""
     monkeypatch.setenv("TENBIT_CACHE", str(cache))
@@ -134,3 +134,12 @@ def test_every_experiment_has_a_quick_version(name, tmp_path, cache, monkeypatch
     assert "NaN" not in text and "Infinity" not in text
     assert f"experiments.{name} --quick" in report["command"] and report["seconds"] < 120
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def test_what_a_gpu_would_be_asked_to_hold(tmp_path, monkeypatch, cache):
+    """The tiny shapes through the code that measures the large ones."""
+    pytest.importorskip("safetensors")
+    monkeypatch.setenv("TENBIT_CACHE", str(cache))
+    importlib.import_module("experiments.fit").main(["--quick", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "fit.json").read_text())["result"]["rows"]
+    assert len(rows) == 2 and all(r["peak_mib"] > 100 and r["tokens"] == 16 * 24 and r["grad_norm"] > 0 for r in rows.values())

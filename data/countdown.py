@@ -1,0 +1,92 @@
+"""Countdown, as in TinyZero: reach a number from others, each used once. A step joins two of the numbers on the table, the larger
+one first, and puts the result back; behind the # stands the whole way as one expression:
+
+    3,5,7=38:  ->  7*5=35;35+3=38;#(7*5)+3
+
+Calculating a small model can learn by imitation; which of the some hundred ways leads to the target it has to find. With
+probability `noise` the demonstrator goes a legal way that ends elsewhere, so imitation teaches to calculate and leaves the
+finding to RL. `digits` is how many numbers there are.
+"""
+import functools
+import re
+from itertools import combinations
+
+from data import Problem, input_error
+from data.expression import evaluate
+
+PROMPT = re.compile(r"([0-9]{1,6}(?:,[0-9]{1,6}){1,5})=([0-9]{1,6}):")
+
+
+def parse(prompt):
+    """`3,5,7=38:` -> ([3, 5, 7], 38)."""
+    found = PROMPT.fullmatch(prompt)
+    if not found:
+        raise input_error(f"{prompt[:80]!r} is no countdown problem, such as '3,5,7=38:'")
+    return [int(n) for n in found[1].split(",")], int(found[2])
+
+
+def join(a, b):
+    """The results of one step from the numbers a >= b: (operator, result), where it is a whole number from 1 to 99."""
+    results = [("+", a + b), ("-", a - b), ("*", a * b)] + ([("/", a // b)] if a % b == 0 else [])
+    return [(op, x) for op, x in results if 1 <= x <= 99]
+
+
+@functools.lru_cache(4096)
+def ways(numbers):
+    """All ways to use up these numbers (a sorted tuple), as {what it ends with: texts of the working and the expression}."""
+    found = {}
+
+    def go(table, working):
+        if len(table) == 1:
+            value, expression = table[0]
+            found.setdefault(value, set()).add(f"{working}#{expression[1:-1]}")
+        for i, j in combinations(range(len(table)), 2):
+            (b, y), (a, x) = sorted((table[i], table[j]))
+            rest = [t for k, t in enumerate(table) if k not in (i, j)]
+            for op, value in join(a, b):
+                go(rest + [(value, f"({x}{op}{y})")], f"{working}{a}{op}{b}={value};")
+    go([(n, str(n)) for n in numbers], "")
+    return {value: sorted(texts) for value, texts in sorted(found.items())}
+
+
+class Countdown:
+    name, safe = "countdown", True
+
+    def __init__(self, digits, noise):
+        if not 2 <= digits <= 4:
+            raise input_error(f"countdown with {digits} numbers: --digits says how many there are, 2 to 4")
+        self.digits, self.noise = digits, noise
+        self.prompt_length = 2 * digits - 1 + len("=99:")
+        self.answer_length = (digits - 1) * len("50+49=99;") + 1 + (digits + (digits - 1) + 2 * (digits - 2)) + 1
+
+    def problem(self, rng):
+        while True:
+            numbers = rng.integers(1, 10, self.digits).tolist()
+            reached = ways(tuple(sorted(numbers)))
+            if reached:
+                target = list(reached)[rng.integers(len(reached))]
+                return Problem(f"{','.join(map(str, numbers))}={target}:", reached[target][0].partition("#")[2])
+
+    def prompt(self, question):
+        """The problem in words, for a model that reads."""
+        numbers, target = parse(question)
+        return (f"Using the numbers {', '.join(map(str, numbers))}, each exactly once, with + - * / and parentheses, make an "
+                f"expression that equals {target}. Think first, then give the expression alone as <answer>(1 + 2) / 3</answer>.")
+
+    def demonstrate(self, problem, rng):
+        numbers, target = parse(problem.prompt)
+        reached = ways(tuple(sorted(numbers)))
+        elsewhere = [text for value, texts in reached.items() if value != target for text in texts]
+        texts = elsewhere if elsewhere and rng.random() < self.noise else reached[target]
+        return texts[rng.integers(len(texts))]
+
+    def reward(self, problem, text):
+        """1.0 when the text behind the #, or in the last <answer> tag, is an expression of these numbers that hits the target."""
+        before, tag, inside = text.rpartition("<answer>")
+        expression = inside.partition("</answer>")[0].strip() if tag else text.partition("#")[2]
+        try:
+            value, used = evaluate(expression)
+        except ValueError:
+            return 0.0
+        numbers, target = parse(problem.prompt)
+        return float(value == target and sorted(used) == sorted(numbers))

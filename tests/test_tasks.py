@@ -1,0 +1,345 @@
+"""Tasks for models that read, and what stands between them and whatever a model writes."""
+import ast
+import http.server
+import json
+import operator
+import pathlib
+import threading
+import time
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import FETCHED, Problem, make_task, prepare, stream
+from data.countdown import Countdown, ways
+from data.env import Env
+from data.expression import evaluate
+from data.gsm8k import final_number, number
+from data.guard import Guard
+from data.math_answers import last_boxed, tame
+from data.own import load_own
+from precision import InputError
+
+HERE = pathlib.Path(__file__).resolve().parent.parent
+FIXTURES = HERE / "data" / "fixtures"
+REAL = HERE.parent / "shared" / "data"                                    # where the whole data sets lie, if they are at hand
+
+
+def lines(path):
+    return [json.loads(x) for x in path.read_text(encoding="utf-8").splitlines()]
+
+
+# --- GSM8K
+
+
+@pytest.mark.parametrize("said, value", [
+    ("72", 72), ("72 clips", 72), ("$1,000.50", Fraction(2001, 2)), ("0.50", Fraction(1, 2)), (".5", Fraction(1, 2)), ("-7", -7),
+    ("−7", -7), ("3/4", Fraction(3, 4)), (r"\frac{3}{4}", Fraction(3, 4)), (r"-\dfrac{3}{4}", Fraction(-3, 4)),
+    (r"1{,}000", 1000), (r"1\,000", 1000), ("12%", 12), (r"12\%", 12), (r"5 \text{ hours}", 5), ("10 dollars.", 10), ("72.", 72),
+    ("x = 5", 5), ("2 1/2", Fraction(5, 2)), ("", None), ("none", None), ("3 or 4", None), ("5+3", None), ("1/0", None),
+    ("9" * 31, None), ("1,00", None), ("1" * 100_000, None), ("1 2", None), ("x = 5, y = 6", None), ("(" * 5000, None)])
+def test_numbers_of_gsm8k(said, value):
+    assert number(said) == value
+
+
+def test_final_numbers():
+    assert final_number("5 and 6\n#### 1,234 apples\nmore 7") == 1234 and final_number(r"so \boxed{8}, or 9") == 8
+    assert final_number("#### 1\nno: \\boxed{2}") == 2 and final_number("\\boxed{2} no\n#### 1") == 1
+    assert final_number("the answer is 5") is None and final_number("####") is None and final_number("\\boxed{") is None
+
+
+@pytest.mark.parametrize("path", [FIXTURES / "gsm8k.jsonl", REAL / "gsm8k" / "train.jsonl"], ids=["fixture", "all 7,473"])
+def test_every_solution_of_gsm8k_is_right_and_perturbed_ones_are_wrong(path):
+    if not path.exists():
+        pytest.skip("the whole data set is not at hand")
+    task, rows = make_task("gsm8k"), lines(path)
+    for problem, row in zip(task.load(str(path)), rows, strict=True):
+        value, work = number(problem.answer), row["answer"].rpartition("####")[0]
+        assert task.reward(problem, row["answer"]) == 1 == task.reward(problem, rf"\boxed{{{problem.answer}}}")
+        for wrong in (f"#### {value + 1}", f"#### {-value or 5}", f"#### {value}0 3", "", f"{value}"):
+            assert task.reward(problem, work + wrong) == 0, (problem, wrong)
+
+
+# --- MATH
+
+
+def test_boxes():
+    assert last_boxed(r"\boxed{1} and \boxed{\frac{a}{b}}.") == r"\frac{a}{b}" and last_boxed(r"\fbox{x}") == "x"
+    assert last_boxed(r"$\boxed 5$") == "5" and last_boxed(r"\boxed{\{1\}}") == r"\{1\}"
+    assert last_boxed("none") is None and last_boxed(r"\boxed{1") is None and last_boxed(r"\boxed{1} \boxed{2") is None
+    begin = time.time()
+    assert last_boxed(r"\boxed{" * 50_000) is None and last_boxed(r"\boxed{" + "{" * 10 ** 6) is None
+    assert time.time() - begin < 30                                       # quadratic would be hours
+
+
+@pytest.fixture(scope="module")
+def math():
+    pytest.importorskip("math_verify")
+    return make_task("math").prepare()
+
+
+@pytest.mark.parametrize("path", [FIXTURES / "math.jsonl", REAL / "math_sanity" / "problems.jsonl"], ids=["fixture", "all 1,460"])
+def test_every_answer_of_math_is_right_in_a_box_and_the_next_one_is_wrong(path, math):
+    if not path.exists():
+        pytest.skip("the whole data set is not at hand")
+    problems = math.load(str(path))
+    assert len(problems) == len(lines(path))
+    for i, p in enumerate(problems):
+        assert math.reward(p, rf"So it is $\boxed{{{p.answer}}}$.") == 1, p
+        assert math.reward(p, p.answer) == 0                              # without a box it is no answer
+        other = problems[i - 1].answer
+        if other.strip(".°") not in (p.answer, "60") and i % 7 == 0:
+            assert math.reward(p, rf"\boxed{{{other}}}") == math.reward(Problem("", other), rf"\boxed{{{p.answer}}}"), (p, other)
+
+
+@pytest.mark.parametrize("answer, same, other", [
+    (r"\frac{1}{2}", ["0.5", "1/2", r"\dfrac{1}{2}", r"\frac12", r"\frac{2}{4}", ".5", r"x = \frac{1}{2}", "0.50"],
+     [r"\frac{2}{1}", "0.51", r"-\frac{1}{2}", r"\frac{1}{2}x", "0.5000001"]),
+    (r"6\sqrt{2}", [r"\sqrt{72}", r"\sqrt{2} \cdot 6", r"6 \sqrt 2"], [r"6\sqrt{3}", r"\sqrt{2}", "8.485", "62"]),
+    ("(1,2)", ["(1, 2)", r"\left(1,2\right)"], ["(2,1)", "(1,3)", "1", "[1,2]"]),
+    ("x^2+4x+4", ["(x+2)^2", "4+4x+x^2"], ["x^2+4x", "(x+3)^2"]),
+    ("1100_2", ["1100_{2}", "1100"], ["1100_3"]), (r"60^\circ", ["60", r"60^{\circ}"], ["61"]),
+    (r"\frac{1}{2^{98}}", [r"2^{-98}"], ["0", r"\frac{2}{2^{98}}", r"\frac{1}{2^{97}}"]),
+    (r"\text{(A)}", ["(A)", r"\textbf{(A)}"], ["(B)"]),
+    (r"1,\!000,\!000", ["1,000,000", "1000000", "10^6"], ["1,000", "1,000,001"]),
+    (r"\begin{pmatrix} 2 & 0 \\ 0 & 2 \end{pmatrix}", [r"\begin{bmatrix}2&0\\0&2\end{bmatrix}"],
+     [r"\begin{pmatrix} 2 & 0 \\ 2 & 0 \end{pmatrix}"])])
+def test_the_same_mathematics(answer, same, other, math):
+    for said in same:
+        assert math.reward(Problem("", answer), rf"\boxed{{{said}}}") == 1, said
+    for said in other:
+        assert math.reward(Problem("", answer), rf"\boxed{{{said}}}") == 0, said
+
+
+HOSTILE = ["9^{9^{9^{9}}}", "10^{10^{10}}", "99999!", "(3!)!!!!!!", "2^{99999999}", "((2^{99})^{99})^{99}", "1E999999999",
+           "9" * 400, "__import__('os').system('true')", "().__class__", r"\text{__import__('os')}", "lambda: 0", "x" * 400,
+           "{" * 200, "(" * 300, r"\sum_{n=1}^{99999999} n", r"\int_0^1 x^x dx", r"\binom{99999}{5000}", r"\sqrt[99999]{2}",
+           "\x00", "é²", "\\", "^", "1/0", r"\frac{1}{0}", r"\log_{0}{0}", "()", "=", "=5=", ",", "nan", "oo", r"\infty - \infty"]
+
+
+def test_hostile_answers_end_and_never_reach_eval(math, monkeypatch):
+    """Whatever is asked of the grader, Python's eval sees nothing of it; nothing hangs, nothing is right."""
+    import builtins
+    seen, real = [], builtins.eval
+    monkeypatch.setattr(builtins, "eval", lambda code, *rest: seen.append(code) or real(code, *rest))
+    begin = time.time()
+    for answer in ("5", r"\frac{1}{2}", "x^2+1"):
+        for said in HOSTILE:
+            assert math.reward(Problem("", answer), rf"\boxed{{{said}}}") == 0, said
+    assert math.reward(Problem("", "0.25"), r"\boxed{\frac{1}{4}}") == 1   # numbers do not need it either
+    assert not [c for c in seen if isinstance(c, str)], seen
+    assert time.time() - begin < 60 and not tame("9^{9^{9}}") and tame(r"\frac{x^2}{3}")
+
+
+# --- countdown
+
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+
+def by_ast(text):
+    """The value by Python's own parser, walked over a short list of nodes: an independent reading of the same grammar."""
+    def walk(node):
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            return Fraction(node.value)
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+            return OPERATORS[type(node.op)](walk(node.left), walk(node.right))
+        raise ValueError
+    return walk(ast.parse(text.strip(), mode="eval").body)
+
+
+EXPRESSIONS = st.recursive(st.integers(0, 99).map(str), lambda inner: st.builds(
+    lambda a, op, b, bare: f"{a}{op}{b}" if bare else f"({a} {op} {b})", inner, st.sampled_from("+-*/"), inner, st.booleans()),
+    max_leaves=8)
+
+
+@settings(max_examples=400, deadline=None)
+@given(EXPRESSIONS)
+def test_expressions_against_pythons_own_parser(text):
+    try:
+        want = by_ast(text)
+    except ZeroDivisionError:
+        want = None
+    if want is None or len(text) > 200:
+        with pytest.raises(ValueError):
+            evaluate(text)
+    else:
+        value, used = evaluate(text)
+        assert value == want and sorted(used) == sorted(n.value for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Constant))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text("0123456789+-*/() .^_e[]", max_size=40))
+def test_what_is_no_expression_is_refused(text):
+    """Either both parsers read it alike, or this one refuses it: it never reads more than Python does."""
+    try:
+        value, _ = evaluate(text)
+    except ValueError:
+        return
+    zeros = __import__("re").sub(r"\b0+(?=\d)", "", text)                  # 007 is a number here
+    assert value == by_ast(zeros)
+
+
+@pytest.mark.parametrize("text", [
+    "", " ", "2**3", "2^3", "-5", "+5", "3--2", "1/0", "1/(2-2)", "(1", "1)", "1 2", "1.5", "1e3", "a", "()", "1+", "*1", "٣",
+    "1_0", "9999999", "(" * 21 + "1" + ")" * 21, "1+" * 200 + "1", "(" * 10 ** 6])
+def test_hostile_expressions(text):
+    with pytest.raises(ValueError):
+        evaluate(text)
+
+
+def test_countdown():
+    task, wrong, rng = Countdown(3, 0.0), Countdown(3, 1.0), stream(0)
+    right = 0
+    for _ in range(100):
+        p = task.problem(rng)
+        good, bad = task.demonstrate(p, rng), wrong.demonstrate(p, rng)
+        assert task.reward(p, good) == 1 and task.reward(p, f"#{p.answer}") == 1
+        right += task.reward(p, bad)
+        assert len(p.prompt) <= task.prompt_length and len(good) < task.answer_length > len(bad)
+    assert right < 10                                                     # a few have no other way to go
+    p = Problem("3,5,7=38:", "(5*7)+3")
+    for text, reward in (("#(5*7)+3", 1), ("<answer>3 + 5*7</answer>", 1), ("5*7=35;#3+7*5", 1), ("#38", 0), ("#5*7+3+0", 0),
+                         ("#5*7+3 and", 0), ("(5*7)+3", 0), ("#35+3", 0), ("#5*7+", 0),
+                         ("<answer>1</answer><answer>3+5*7</answer>", 1)):
+        assert task.reward(p, text) == reward, text
+    assert "3, 5, 7" in task.prompt(p.prompt) and "38" in task.prompt(p.prompt)
+    assert all(evaluate(t.partition("#")[2])[0] == v for v, ts in ways((1, 4, 6)).items() for t in ts)
+    with pytest.raises(InputError, match="--digits says how many"):
+        Countdown(9, 0.1)
+
+
+# --- a task of your own, and the guard
+
+
+TASK = '''
+import os, time
+def problems():
+    return [("a", "1"), ("b", "2")]
+def reward(question, answer, text):
+    if text == "hang": time.sleep(1000)
+    if text == "spin": return 10 ** 10 ** 9
+    if text == "raise": raise RuntimeError("no")
+    if text == "die": os._exit(3)
+    if text == "exit": raise SystemExit
+    if text == "nan": return float("nan")
+    if text == "text": return "one"
+    if text == "print": print("[1.0]")
+    return text == answer
+'''
+
+
+def test_a_reward_may_hang_raise_die_and_print(tmp_path):
+    (tmp_path / "t.py").write_text(TASK)
+    task, said = load_own(str(tmp_path / "t.py")), []
+    one, _ = task.load()
+    texts = ["1", "hang", "2", "raise", "die", "1", "spin", "exit", "nan", "text", "print", "1", "raise", "hang", "1"]
+    with Guard(task, 1.0, workers=2, say=said.append) as guard:
+        begin = time.time()
+        got = guard.rewards([(one, t) for t in texts])
+        assert got == [float(t == "1") for t in texts] and time.time() - begin < 120
+        assert guard.rewards([(one, "1")] * 20) == [1.0] * 20
+    words = "\n".join(said)
+    assert "TimeoutError: more than 1 s" in words and "RuntimeError: no" in words and "died of it" in words
+    assert "'nan'" in words and len(said) <= 7                            # once a kind
+
+
+def test_a_safe_task_runs_where_it_is_called():
+    class Broken:
+        safe = True
+
+        def reward(self, problem, text):
+            return {"x": None, "inf": float("inf")}[text] if text in ("x", "inf") else 1 / len(text)
+    said = []
+    guard = Guard(Broken(), say=said.append)
+    assert guard.rewards([(Problem("", ""), t) for t in ("", "ab", "x", "inf", "")]) == [0.0, 0.5, 0.0, 0.0, 0.0]
+    assert len(said) == 2
+    assert "ZeroDivisionError" in said[0]
+
+
+def test_a_child_does_not_outlive_its_parent(tmp_path):
+    (tmp_path / "t.py").write_text(TASK)
+    guard = Guard(load_own(str(tmp_path / "t.py")), 5.0, workers=1)
+    child = guard.children.get()
+    child.process.stdin.close()                                           # what the parent's end is to a child
+    assert child.process.wait(timeout=60) == 0
+
+
+@pytest.mark.parametrize("source, words", [
+    ("def problems(:", "line 1: invalid syntax"), ("x = 1", "no function problems"),
+    ("def problems(): return []", "no function reward"), ("1/0", "line 1: ZeroDivisionError"),
+    ("def problems(): return []\ndef reward(q, a, t): return 1", "gave no problems"),
+    ("def problems(): return [1]\ndef reward(q, a, t): return 1", r"gave 1; it gives pairs"),
+    ("def problems():\n    return 1/0\ndef reward(q, a, t): return 1", "line 2: ZeroDivisionError"),
+    ("def problems(): return [('q', 2)]\ndef reward(q, a, t): return 1", r"gave \('q', 2\)")])
+def test_what_is_wrong_with_a_task_is_one_line(source, words, tmp_path):
+    (tmp_path / "t.py").write_text(source)
+    with pytest.raises(InputError, match=words) as e:
+        make_task(str(tmp_path / "t.py")).load()
+    assert "\n" not in str(e.value)
+    with pytest.raises(InputError, match="cannot be read"):
+        make_task(str(tmp_path / "none.py"))
+
+
+def test_the_example_is_a_task():
+    task = make_task(str(HERE / "data" / "example_task.py"))
+    problems = task.load()
+    assert len(problems) > 40 and all(p.answer.isdigit() for p in problems) and len(set(problems)) == len(problems)
+    assert task.reward(problems[0], f" {problems[0].answer}\n") == 1 and task.prompt("q") == "q"
+    lines_of_code = [x for x in (HERE / "data" / "example_task.py").read_text().splitlines() if x.strip()]
+    assert len(lines_of_code) <= 15
+
+
+def test_a_line_that_is_wrong_is_named(tmp_path):
+    task, path = make_task("gsm8k"), tmp_path / "p.jsonl"
+    for line, words in (('{"question": "q"}', 'line 2: no text under "answer"'), ("{", "line 2: not JSON"),
+                        ("[" * 9000, "line 2"),
+                        ('{"question": "q", "answer": "words"}', "line 2: the answer ends with no number"),
+                        ('{"question": " ", "answer": "#### 1"}', "line 2: the question is empty")):
+        path.write_text('{"question": "q", "answer": "#### 1"}\n' + line + "\n")
+        with pytest.raises(InputError, match=words):
+            task.load(str(path))
+    if not (FETCHED / "gsm8k-train.jsonl").exists():
+        with pytest.raises(InputError, match="python -m data.prepare gsm8k.* fetches it"):
+            task.load("")
+
+
+def test_words_for_models_that_read_and_signs_for_those_from_scratch():
+    class Chat:
+        form = "chatml"
+    task = Countdown(3, 0.1)
+    p = Problem("3,5,7=38:", "")
+    assert Env(task).text(p) == p.prompt and Env(task, Chat()).text(p).startswith("Using the numbers")
+
+
+# --- prepare
+
+
+def test_prepare_checks_what_it_fetches(tmp_path, monkeypatch, capsys):
+    served = tmp_path / "www"
+    served.mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(served))
+
+        def log_message(self, *_):
+            pass
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}/a.jsonl"
+        monkeypatch.setitem(prepare.SETS, "gsm8k", [("gsm8k-train.jsonl", address, 2, ("question", "answer"))])
+        good = '{"question": "q", "answer": "#### 1"}\n'
+        for content, words in ((None, "404"), (good, "1 problems, 2 were expected"), (good + "{\n", "line 2 is not JSON"),
+                               (good + '{"question": ""}\n', 'line 2 has no "question"')):
+            if content is not None:
+                (served / "a.jsonl").write_text(content)
+            assert prepare.main(["gsm8k", "--out", str(tmp_path / "out")]) == 1
+            assert words in capsys.readouterr().err and not list((tmp_path / "out").iterdir())
+        (served / "a.jsonl").write_text(good * 2)
+        assert prepare.main(["gsm8k", "--out", str(tmp_path / "out")]) == 0
+        assert len(make_task("gsm8k").load(str(tmp_path / "out" / "gsm8k-train.jsonl"))) == 2
+        assert prepare.main(["gsm8k", "--out", str(tmp_path / "out")]) == 0 and "there already" in capsys.readouterr().out
+        server.shutdown()
