@@ -20,7 +20,7 @@ EXPERTS = "--n-experts 8 --experts-per-token 2 --expert-width 96"
 VARIANTS = {
     "all weights": "",
     "LoRA, rank 1": "--lora-rank 1 --lr 3e-3",
-    "LoRA, rank 32": "--lora-rank 32 --lr 1e-3",
+    "LoRA, rank 32": "--lora-rank 32 --lr 3e-4",
     "8 experts": EXPERTS,
     "8 experts, replayed": EXPERTS + " --replay-routing",
 }
