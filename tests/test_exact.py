@@ -31,19 +31,27 @@ def numerics(fmt, kind, exact=True):
     return fast.numerics(fmt, "cuda" if "cuda" in kind else "cpu", fast="compiled" in kind, exact=exact)
 
 
-def exact_model(fmt, kind, exact=True, **kw):
+def exact_model(fmt, kind, exact=True, lora=0, **kw):
     model = tiny("cuda" if "cuda" in kind else "cpu", **{**dict(gain=2.0), **kw})
+    if lora:
+        model.adapt(lora, 2.0 * lora)
+        g = torch.Generator().manual_seed(1)
+        for n, p in model.named_parameters():
+            if ".B." in n:
+                p.data = (torch.randn(p.shape, generator=g) * 0.2).to(p.device)
     return model.use(numerics(fmt, kind, exact).hold(model.parameters()))
 
 
 @st.composite
 def shapes(draw):
-    """A model's shape, as GPTConfig's arguments: grouped heads, odd widths, biases, QK-norm."""
+    """A model's shape, as GPTConfig's arguments: grouped heads, odd widths, biases, QK-norm, experts; adapters or none."""
     kv = draw(st.sampled_from([1, 2, 3]))
     heads = kv * draw(st.sampled_from([1, 2, 3]))
     head = draw(st.sampled_from([4, 6, 16, 32]))
     return dict(n_layers=draw(st.integers(1, 3)), width=draw(st.integers(3, 40)) * 2, n_heads=heads, n_kv_heads=kv, head_dim=head,
                 mlp_width=draw(st.integers(1, 90)), context=80, qkv_bias=draw(st.booleans()), qk_norm=draw(st.booleans()),
+                n_experts=draw(st.sampled_from([0, 0, 3])), experts_per_token=draw(st.integers(1, 3)),
+                expert_width=draw(st.integers(1, 40)), lora=draw(st.sampled_from([0, 0, 1, 5])),
                 tied_head=draw(st.booleans()), seed=draw(st.integers(0, 10 ** 6)), gain=draw(st.sampled_from([0.5, 1.0, 2.0])))
 
 

@@ -250,3 +250,18 @@ def test_bad_flags_exit_with_status_2(capsys):
             sample.main(flags)
         err = capsys.readouterr().err
         assert e.value.code == 2 and words in err and err.count("\n") == 1
+
+
+def test_any_of_several_tokens_ends_an_answer(device):
+    """A chat model has more than one. Answers are those of one stop token, cut at the first of either."""
+    model, stop = stopping_model(device)
+    one = Sampler(model, stop=stop, pad=PAD).generate(PROMPTS, 16, 20, seed=1)
+    other = int(torch.bincount(one.tokens[one.is_answer]).argmax())
+    assert other != stop
+    both = Sampler(model, stop=(stop, other), pad=PAD).generate(PROMPTS, 16, 20, seed=1)
+    for row in range(len(one.length)):
+        start, end = int(one.prompt_length[row]), int(one.length[row])
+        said = one.tokens[row, start:end].tolist()
+        cut = next((i + 1 for i, t in enumerate(said) if t in (stop, other)), len(said))
+        assert both.tokens[row, start:int(both.length[row])].tolist() == said[:cut]
+        assert bool(both.stopped[row]) == (said[cut - 1] in (stop, other))
