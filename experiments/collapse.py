@@ -93,7 +93,7 @@ def draw(lab, records, settings, modes, name_of_files):
         ax.grid(axis="x", lw=0.3)
     right.axvline(0.2, color="gray", ls=":", lw=0.8)
     right.text(0.205, -0.45, "collapse", fontsize=8)
-    left.legend(fontsize=8, loc="lower left", title="rollout / train; dots: seeds, bar: mean", title_fontsize=8)
+    right.legend(fontsize=8, loc="lower right", title="rollout / train; dots: seeds, bar: mean", title_fontsize=8)
     lab.draw(fig, name_of_files)
 
 

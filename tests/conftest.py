@@ -1,11 +1,15 @@
-import pytest
-import torch
+import os
 
-import fast
-from model import GPT, GPTConfig
-from precision import pick_device
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")         # pytest runs two processes: threads that spin would slow each other
 
-torch.set_num_threads(2)
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import fast  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+from precision import pick_device  # noqa: E402
+
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 COMPILED = fast.library()[0] is not None
 DEVICES = ["cpu", "exact"] + ["compiled"] * COMPILED + ["cuda"] * torch.cuda.is_available()
 _kind = ["cpu"]
