@@ -27,7 +27,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
                    "merges.txt", "generation_config.json", "chat_template.jinja", "chat_template.json", "LICENSE")
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SHARD = 4 << 30                                              # bytes a file, when writing
-MAPPED = 8 << 20                                             # bytes of a file in memory at a time, when reading
+MAPPED = 2 << 20                                             # bytes of a file in memory at a time, when reading
 
 
 def safetensors():

@@ -262,10 +262,12 @@ def test_endless_nan_is_an_error(here, whole, monkeypatch, precision, words):
     assert same(weights(whole[precision]), before)
 
 
-def test_a_reward_that_is_no_number_is_named(here, whole, monkeypatch):
+def test_a_reward_that_is_no_number_counts_0_and_is_told_once(here, whole, monkeypatch, capsys):
     monkeypatch.setattr(Addition, "reward", lambda *_: math.nan)
-    with pytest.raises(InputError, match="a reward of nan"):
-        train_rl.main(["--resume", "whole-fp16", "--steps", "60"])
+    assert train_rl.main(["--resume", "whole-fp16", "--steps", "27"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("it gave nan, which is no finite number") == 1 and "note: the reward of the answer" in said
+    assert float(re.search(r"step +27/27 \| acc ([0-9.]+)", said)[1]) == 0
 
 
 def test_anatomy_of_a_step(home):
