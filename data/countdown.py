@@ -1,7 +1,7 @@
 """Countdown, as in TinyZero: reach a number from others, each used once. A step joins two of the numbers on the table, the larger
 one first, and puts the result back; behind the # stands the whole way as one expression:
 
-    3,5,7=38:  ->  7*5=35;35+3=38;#(7*5)+3
+    3,4,7=25:  ->  7*3=21;21+4=25;#(7*3)+4
 
 Calculating a small model can learn by imitation; which of the some hundred ways leads to the target it has to find. With
 probability `noise` the demonstrator goes a legal way that ends elsewhere, so imitation teaches to calculate and leaves the
@@ -14,21 +14,22 @@ from itertools import combinations
 from data import Problem, input_error
 from data.expression import evaluate
 
+LARGEST = 30                                                  # of results: a table that a small model can learn
 PROMPT = re.compile(r"([0-9]{1,6}(?:,[0-9]{1,6}){1,5})=([0-9]{1,6}):")
 
 
 def parse(prompt):
-    """`3,5,7=38:` -> ([3, 5, 7], 38)."""
+    """`3,4,7=25:` -> ([3, 4, 7], 25)."""
     found = PROMPT.fullmatch(prompt)
     if not found:
-        raise input_error(f"{prompt[:80]!r} is no countdown problem, such as '3,5,7=38:'")
+        raise input_error(f"{prompt[:80]!r} is no countdown problem, such as '3,4,7=25:'")
     return [int(n) for n in found[1].split(",")], int(found[2])
 
 
 def join(a, b):
-    """The results of one step from the numbers a >= b: (operator, result), where it is a whole number from 1 to 99."""
+    """The results of one step from the numbers a >= b: (operator, result), where it is a whole number from 1 to LARGEST."""
     results = [("+", a + b), ("-", a - b), ("*", a * b)] + ([("/", a // b)] if a % b == 0 else [])
-    return [(op, x) for op, x in results if 1 <= x <= 99]
+    return [(op, x) for op, x in results if 1 <= x <= LARGEST]
 
 
 @functools.lru_cache(4096)
