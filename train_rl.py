@@ -97,7 +97,7 @@ class Config:
     base_precision: str = opt("fp32", "format of imitation; the same base serves every --precision")
     base_seed: int = opt(-1, "seed of the base model (-1: that of the run)", -1, 2 ** 31)
     # the perfectible set
-    pool: int = opt(256, "problems to choose from (with --model and --data, 0: all)", 0, 10 ** 6)
+    pool: int = opt(256, "problems to choose from (0, the default with --model: all that the file has)", 0, 10 ** 6)
     tries: int = opt(16, "answers per problem while choosing (the paper: 40)", 1, 4096)
     keep_from: float = opt(0.2, "keep problems solved at least this often", 0.0, 1.0)
     keep_to: float = opt(0.8, "... and at most this often", 0.0, 1.0)

@@ -6,6 +6,7 @@ from data.guard import Guard
 from precision import InputError
 from sample import Bytes
 
+POOL = 256              # problems, where a task draws its own without end and --pool 0 asks for all
 ANSWER = 512            # tokens of an answer at most, where neither the task nor --max-answer says
 
 
@@ -64,9 +65,7 @@ def choose_problems(cfg, env, say=print):
             heldout = [heldout[i] for i in stream(cfg.seed, 5).permutation(len(heldout))[:cfg.heldout]]
         pool = rows[:cfg.pool or None]
     else:
-        if not (cfg.data or cfg.pool):
-            raise InputError("--pool 0 is for problems from a file: this task draws its own, without end")
-        pool = load_problems(cfg.data) if cfg.data else draw_problems(task, cfg.pool, rng)
+        pool = load_problems(cfg.data) if cfg.data else draw_problems(task, cfg.pool or POOL, rng)
         heldout = draw_problems(task, cfg.heldout, stream(cfg.seed, 5), {p.prompt for p in pool}) if cfg.heldout else []
     if env.tokenizer is Bytes:
         for p in pool:
