@@ -14,7 +14,7 @@ from itertools import combinations
 from data import Problem, input_error
 from data.expression import evaluate
 
-LARGEST = 30                                                  # of results: a table that a small model can learn
+LARGEST = 99                                                  # of results
 PROMPT = re.compile(r"([0-9]{1,6}(?:,[0-9]{1,6}){1,5})=([0-9]{1,6}):")
 
 

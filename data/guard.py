@@ -93,7 +93,11 @@ class Child:
         self.name, self.seconds, self.process = name, seconds, None
 
     def start(self):
-        self.process = subprocess.Popen([sys.executable, "-m", "data.guard", self.name, str(self.seconds)], cwd=ROOT,
+        # where the parent is, since a task's file may open others by relative names, and in a session of its own: a Ctrl-C on
+        # the terminal is not for it, not even while it begins
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        self.process = subprocess.Popen([sys.executable, "-P", "-m", "data.guard", self.name, str(self.seconds)],
+                                        env={**os.environ, "PYTHONPATH": path}, start_new_session=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
         self.said = queue.Queue()
         threading.Thread(target=self._listen, args=(self.process, self.said), daemon=True).start()
@@ -132,7 +136,10 @@ class Child:
 
     def stop(self):
         if self.process is not None:
-            self.process.kill()
+            try:
+                os.killpg(self.process.pid, signal.SIGKILL)          # with whatever it started
+            except (AttributeError, OSError):                        # Windows; or there is nothing left
+                self.process.kill()
             self.process.wait()
             self.process.stdin.close()
             self.process = None

@@ -18,7 +18,7 @@ import re
 
 from data import input_error, load_real
 
-LONGEST, MOST_DIGITS, DEEPEST, LARGEST_POWER = 500, 30, 8, 10_000
+LONGEST, MOST_DIGITS, DEEPEST, LARGEST_POWER, LARGEST_EXPANSION = 500, 30, 8, 10_000, 30
 
 BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -79,7 +79,7 @@ COMMANDS = set("""frac dfrac tfrac cfrac sqrt pi theta alpha beta gamma phi omeg
     leq ge geq lt gt ne neq sin cos tan cot sec csc arcsin arccos arctan log ln left right text textbf mbox mathrm mathbf mathbb
     circ degree begin end pmatrix bmatrix vmatrix emptyset varnothing quad ldots dots displaystyle overline lfloor rfloor lceil
     rceil""".split())
-POWER = re.compile(r"([a-zA-Z]?)\s*\^\s*(\{((?:[^{}]|\{[^{}]*\})*)\}|\\[a-zA-Z]+|.)", re.DOTALL)
+POWER = re.compile(r"([a-zA-Z)\]}]?)\s*\^\s*(\{((?:[^{}]|\{[^{}]*\})*)\}|\\[a-zA-Z]+|.)", re.DOTALL)
 
 
 def tame(latex):
@@ -95,13 +95,16 @@ def tame(latex):
         deepest = max(deepest, abs(depth))
     if deepest > DEEPEST or re.search(r"(?<!\\)!|[0-9]\s*[eE]\s*[-+]?\s*[0-9]|\)\s*_", latex):       # n!, 1E9, (n)_k: all explode
         return False
-    power = 1
+    power = expansion = 1
     for base, exponent, _ in POWER.findall(latex):
         if "^" in exponent:
             return False
-        for n in re.findall(r"[0-9]+", exponent) if not base else []:
+        for n in re.findall(r"[0-9]+", exponent) if not base.isalpha() else []:
             power *= max(1, int(n))
-    return power <= LARGEST_POWER and len(POWER.findall(latex)) == latex.count("^")
+            expansion *= max(1, int(n)) if base else 1                     # (x+y+z)^{99}: sympy multiplies it out
+    symbols = re.search(r"(?<![a-zA-Z\\])[a-zA-Z]", latex)
+    return (power <= LARGEST_POWER and (expansion <= LARGEST_EXPANSION or not symbols)
+            and len(POWER.findall(latex)) == latex.count("^"))
 
 
 @functools.cache
@@ -148,6 +151,8 @@ UNIT = re.compile(r"(?<=[0-9}]) ?(?:(?:cm|mm|km|ft|in|kg|lb|sq\.?|[a-zA-Z]{3,})(
 @functools.lru_cache(4096)                                               # a group's answers repeat each other
 def same(answer, said):
     """Whether `said` (a model's, LaTeX) is the same as `answer`."""
+    if len(said) > LONGEST:                                             # before the first pattern looks at it
+        return said == answer
     answer, said = plain(answer), plain(said)
     if not re.search(r"(?<!\\)\b[a-zA-Z]", answer):
         said = UNIT.sub("", said)

@@ -19,15 +19,16 @@ import urllib.request
 from data import FETCHED
 
 GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data"
-MATH = "https://raw.githubusercontent.com/openai/prm800k/main/prm800k/math_splits"
-SANITY = "https://raw.githubusercontent.com/sail-sg/Precision-RL/main/oat/data/train/math_1k5"
+# github.com/.../raw and not raw.githubusercontent.com, which answers with a pointer of three lines for a file kept in Git LFS
+MATH = "https://github.com/openai/prm800k/raw/main/prm800k/math_splits"
+SANITY = "https://github.com/sail-sg/Precision-RL/raw/main/oat/data/train/math_1k5/train"
 # name: [(file to write, address, number of problems, names of the two texts of a line)]
 SETS = {
     "gsm8k": [("gsm8k-train.jsonl", f"{GSM8K}/train.jsonl", 7473, ("question", "answer")),
               ("gsm8k-test.jsonl", f"{GSM8K}/test.jsonl", 1319, ("question", "answer"))],
     "math": [("math-train.jsonl", f"{MATH}/train.jsonl", 12000, ("problem", "answer")),
              ("math-test.jsonl", f"{MATH}/test.jsonl", 500, ("problem", "answer"))],
-    "math-sanity": [("math-sanity.jsonl", f"{SANITY}.jsonl", 1460, ("problem", "answer"))],
+    "math-sanity": [("math-sanity.jsonl", f"{SANITY}/data-00000-of-00001.arrow", 1460, ("problem", "answer"))],
 }
 
 
@@ -40,6 +41,22 @@ def fetch(address, path):
             done += len(part)
             print(f"\r  {done / 2 ** 20:.1f} MiB" + (f" of {size / 2 ** 20:.1f}" if size else ""), end="", file=sys.stderr)
         print(file=sys.stderr)
+
+
+def unpack(path, names):
+    """An Arrow file, as Hugging Face keeps tables, becomes JSON Lines in its place. -> what is in the way, if anything."""
+    try:
+        import pyarrow
+    except ImportError:
+        return "it is an Arrow file, and reading it takes pyarrow: pip install pyarrow, and once more"
+    try:
+        with pyarrow.OSFile(str(path)) as f:
+            rows = pyarrow.ipc.open_stream(f).read_all().to_pylist()
+    except pyarrow.ArrowException as e:
+        return f"it is no Arrow file ({str(e).splitlines()[0]})"
+    with open(path, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps({k: row.get(k) for k in names}, ensure_ascii=False) + "\n" for row in rows)
+    return ""
 
 
 def check(path, count, names):
@@ -66,7 +83,7 @@ def prepare(name, folder):
         print(f"{path}: from {address}")
         try:
             fetch(address, partial)
-            why = check(partial, count, names)
+            why = (unpack(partial, names) if address.endswith(".arrow") else "") or check(partial, count, names)
         except (OSError, UnicodeDecodeError, urllib.error.URLError) as e:
             why = str(e)
         if why:

@@ -3,6 +3,7 @@ import ast
 import http.server
 import json
 import operator
+import os
 import pathlib
 import threading
 import time
@@ -113,7 +114,8 @@ def test_the_same_mathematics(answer, same, other, math):
         assert math.reward(Problem("", answer), rf"\boxed{{{said}}}") == 0, said
 
 
-HOSTILE = ["9^{9^{9^{9}}}", "10^{10^{10}}", "99999!", "(3!)!!!!!!", "2^{99999999}", "((2^{99})^{99})^{99}", "1E999999999",
+HOSTILE = ["9^{9^{9^{9}}}", "(x+1)^{9999}", "(x+y+z)^{99}", "(1+i)^{9999}",
+           "10^{10^{10}}", "99999!", "(3!)!!!!!!", "2^{99999999}", "((2^{99})^{99})^{99}", "1E999999999",
            "9" * 400, "__import__('os').system('true')", "().__class__", r"\text{__import__('os')}", "lambda: 0", "x" * 400,
            "{" * 200, "(" * 300, r"\sum_{n=1}^{99999999} n", r"\int_0^1 x^x dx", r"\binom{99999}{5000}", r"\sqrt[99999]{2}",
            "\x00", "é²", "\\", "^", "1/0", r"\frac{1}{0}", r"\log_{0}{0}", "()", "=", "=5=", ",", "nan", "oo", r"\infty - \infty"]
@@ -227,6 +229,7 @@ def reward(question, answer, text):
     if text == "nan": return float("nan")
     if text == "text": return "one"
     if text == "print": print("[1.0]")
+    if text == "fork" and os.fork() == 0: time.sleep(1000)
     return text == answer
 '''
 
@@ -244,6 +247,22 @@ def test_a_reward_may_hang_raise_die_and_print(tmp_path):
     words = "\n".join(said)
     assert "TimeoutError: more than 1 s" in words and "RuntimeError: no" in words and "died of it" in words
     assert "'nan'" in words and len(said) <= 7                            # once a kind
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc").exists(), reason="looks into /proc")
+def test_what_a_reward_starts_ends_with_its_child(tmp_path, monkeypatch):
+    (tmp_path / "t.py").write_text(TASK.replace('time.sleep(1000)\n    return', (
+        "(open('pid', 'w').write(str(os.getpid())), os.rename('pid', 'started'), time.sleep(1000))\n    return")))
+    monkeypatch.chdir(tmp_path)
+    task, begin = make_task("t.py"), time.time()
+    with Guard(task, 20.0, workers=1) as guard:
+        guard.rewards([(task.load()[0], "fork")])
+        while not (tmp_path / "started").exists() and time.time() - begin < 60:
+            time.sleep(0.05)
+    state = pathlib.Path("/proc") / (tmp_path / "started").read_text() / "stat"
+    while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z":         # a zombie is an end too
+        assert time.time() - begin < 90
+        time.sleep(0.05)
 
 
 def test_a_safe_task_runs_where_it_is_called():
@@ -265,6 +284,21 @@ def test_a_child_does_not_outlive_its_parent(tmp_path):
     child = guard.children.get()
     child.process.stdin.close()                                           # what the parent's end is to a child
     assert child.process.wait(timeout=60) == 0
+
+
+def test_a_file_may_open_others_by_relative_names(tmp_path, monkeypatch):
+    """The child works where the parent does. A folder `data` of the user's is not taken for this program's."""
+    (tmp_path / "words.txt").write_text("a b")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "__init__.py").write_text("1/0")
+    (tmp_path / "t.py").write_text("WORDS = open('words.txt').read().split()\ndef problems(): return [(w, w) for w in WORDS]\n"
+                                   "def reward(question, answer, text): return text == answer")
+    monkeypatch.chdir(tmp_path)
+    task = make_task("t.py")
+    with Guard(task, 5.0, workers=1) as guard:
+        assert guard.rewards([(p, "a") for p in task.load()]) == [1.0, 0.0]
+        child = guard.children.queue[0].process
+        assert os.getsid(child.pid) != os.getsid(0)                       # Ctrl-C on the terminal is not for it
 
 
 @pytest.mark.parametrize("source, words", [
@@ -342,4 +376,16 @@ def test_prepare_checks_what_it_fetches(tmp_path, monkeypatch, capsys):
         assert prepare.main(["gsm8k", "--out", str(tmp_path / "out")]) == 0
         assert len(make_task("gsm8k").load(str(tmp_path / "out" / "gsm8k-train.jsonl"))) == 2
         assert prepare.main(["gsm8k", "--out", str(tmp_path / "out")]) == 0 and "there already" in capsys.readouterr().out
+
+        pyarrow = pytest.importorskip("pyarrow")                           # math-sanity is published as an Arrow file
+        address = address.replace("a.jsonl", "b.arrow")
+        monkeypatch.setitem(prepare.SETS, "math-sanity", [("math-sanity.jsonl", address, 2, ("problem", "answer"))])
+        (served / "b.arrow").write_text("version https://git-lfs.github.com/spec/v1\n")
+        assert prepare.main(["math-sanity", "--out", str(tmp_path / "out")]) == 1 and "no Arrow file" in capsys.readouterr().err
+        table = pyarrow.table(dict(problem=["p", "é"], answer=["1", r"\frac{1}{2}"], level=[1, 2]))
+        with pyarrow.OSFile(str(served / "b.arrow"), "wb") as f, pyarrow.ipc.new_stream(f, table.schema) as writer:
+            writer.write_table(table)
+        assert prepare.main(["math-sanity", "--out", str(tmp_path / "out")]) == 0
+        assert lines(tmp_path / "out" / "math-sanity.jsonl") == [{"problem": "p", "answer": "1"},
+                                                                 {"problem": "é", "answer": r"\frac{1}{2}"}]
         server.shutdown()
