@@ -9,7 +9,6 @@ A folder is read tensor by tensor into FP32 masters and never held twice. What t
 checkpoint loaded nearly right gives answers that are nearly right, and nobody would know. Only safetensors are read; a
 pytorch_model.bin is a pickle, and a pickle is a program.
 """
-import dataclasses
 import hashlib
 import json
 import math
@@ -391,8 +390,3 @@ def warn_of_overflow(model, tokens, say, headroom=8):
     names = ", ".join(f"{w} ({'beyond it' if math.isinf(s) else f'{s:.0f}'})" for s, w in near[:3])
     say(f"warning: activations come within {headroom} times of {fmt.name}'s end, {fmt.max:.0f}, in {len(near)} of {len(found)} "
         f"layers: {names}. Training may overflow there; --precision bf16 has the range")
-
-
-def same_shape(a, b):
-    """Whether two GPTConfigs differ in nothing but the context."""
-    return dataclasses.replace(a, context=0) == dataclasses.replace(b, context=0)
