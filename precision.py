@@ -809,6 +809,8 @@ def pick_device(name="auto"):
         n = torch.cuda.device_count()
         if (device.index or 0) >= n:
             raise InputError(f"device {name!r} is not there: torch {torch.__version__} sees {n} CUDA device{'s' * (n != 1)}")
+        if device.index is None:                                             # set_device refuses a device without an index
+            device = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_device(device)
         # By default cuBLAS may add partial sums of a product in 16 bit. Then the accumulator is no longer FP32.
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False

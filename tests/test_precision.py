@@ -373,6 +373,18 @@ def test_a_missing_device_is_one_clear_line():
             precision.pick_device(name)
 
 
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0", "cuda:1"])
+def test_a_cuda_device_has_an_index(name, monkeypatch):
+    """torch.cuda.set_device refuses torch.device("cuda"). A machine with two GPUs is simulated down to torch's own check."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda d: chosen.append(torch.cuda._utils._get_device_index(d)))
+    device = precision.pick_device(name)
+    assert device.type == "cuda" and [device.index] == chosen == [1 if name == "cuda:1" else 0]
+
+
 def test_banner_names_formats_and_reasons():
     a, b = Numerics("fp16"), Numerics("bf16")
     line = precision.banner(a, a, make_scaler(a))
