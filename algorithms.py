@@ -1,15 +1,20 @@
 """algorithms.py: what makes one policy-gradient algorithm differ from another, as short pure functions.
 
-    advantage   how much better an answer is than its group               rewards (P, G) -> (P, G)
-    loss        what one token adds to the loss                           (R, T) -> (R, T)
-    average     what one token counts, and what the sum is divided by     mask (R, T) -> (R, 1), (R,)
-    correction  a weight for what another policy sampled                  log-ratio (R, T) -> weight, kept (R, T)
+    advantage   how much better an answer is than its group            rewards (P, G) -> (P, G)
+    loss        what one token adds to the loss                        Tokens -> (R, T)
+    average     what a token counts, and what the sum is divided by    mask (R, T) -> (R, 1), (R,)
+    correction  a weight for what another policy sampled               log-ratio (R, T) -> weight, kept
 
-R answers of T columns; `mask` (R, T) is True on the tokens that were sampled, what stands elsewhere does not matter. All FP32.
-Three policies: mu acted and its log-probs were recorded as it did (`logp_rollout`); pi_old is the proximal anchor of PPO's ratio
-(`logp_old`); pi learns (`logp`, the only one with a gradient). With --old-policy rollout ("bypass") pi_old is mu, and the ratio
-pi / mu holds the mismatch too. With --old-policy recomputed ("decoupled") pi_old is pi before the batch's first update, as the
-training code computes it: the ratio forgets the mismatch, and a correction pi_old / mu has to bring it back, else it is hidden.
+R answers of T columns. `mask` (R, T) is True on the tokens that were sampled; what stands elsewhere does
+not matter. All FP32. There are three policies:
+
+    mu       acted. Its log-probs were recorded as it did (`logp_rollout`)
+    pi_old   is what PPO's ratio compares pi with (`logp_old`)
+    pi       learns (`logp`, the only one with a gradient)
+
+With --old-policy rollout ("bypass") pi_old is mu, and the ratio pi / mu holds the mismatch too. With
+--old-policy recomputed ("decoupled") pi_old is pi before the batch's first update, as the training code
+computes it. Then the ratio forgets the mismatch, and a correction pi_old / mu has to bring it back.
 
 A loss of your own is a function like `clipped` and a line in ALGORITHMS at the end.
 """
@@ -18,6 +23,8 @@ from dataclasses import dataclass, field
 from typing import Callable
 
 import torch
+
+from precision import InputError, nearest
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Advantages. Example: rewards [[1, 1, 0, 0]]. A group that agrees gets zeros, but from `batch_baseline`.
@@ -52,7 +59,26 @@ def overlong(lengths, room, zone):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Losses. advantage (R, 1). `low`, `high`: the ratio counts from 1 - low to 1 + high.
+# Losses, each a number per token, (R, T)
+
+
+@dataclass
+class Tokens:
+    """What a loss may look at: some answers, (R, T) where nothing else is said."""
+    mask: torch.Tensor                              # bool: the tokens that were sampled
+    logp: torch.Tensor                              # log pi, with its gradient
+    entropy: torch.Tensor                           # of pi's distribution at each token, nats, with its gradient
+    logp_rollout: torch.Tensor                      # log mu
+    logp_old: torch.Tensor | None                   # log pi_old; None: pi itself, before this update
+    advantage: torch.Tensor                         # (R,)
+    logp_reference: torch.Tensor | None = None      # log-probs of the policy before RL, with --kl-beta
+    clip: tuple = (0.2, 0.2)                        # the ratio counts from 1 - clip[0] to 1 + clip[1]
+    room: int = 1                                   # tokens of the longest answer possible
+
+    def __post_init__(self):
+        self.A = self.advantage[:, None]
+        if self.logp_old is None:
+            self.logp_old = self.logp.detach()
 
 
 def ratio_of(log_ratio):
@@ -60,30 +86,34 @@ def ratio_of(log_ratio):
     return log_ratio.clamp(-20, 20).exp()
 
 
-def policy_gradient(logp, logp_old, advantage, mask, low, high):
-    """-A log pi (Williams 1992). No ratio, no clip: what keeps it near mu is a correction, or nothing."""
-    return -advantage * logp
+def policy_gradient(t):
+    """-A log pi (Williams 1992). No ratio, no clip: a correction keeps it near mu, or nothing does.
+    With an entropy bonus it would be -A log pi - 0.01 * entropy, so: - 0.01 * t.entropy."""
+    return -t.A * t.logp
 
 
-def clipped(logp, logp_old, advantage, mask, low, high):
-    """max(-A r, -A clip(r, 1 - low, 1 + high)), r = pi / pi_old (PPO: Schulman et al. 2017, eq. 7). The pessimistic of the two:
-    what has moved far enough in the good direction has no gradient, what has moved in the bad one always has."""
-    ratio = ratio_of(logp - logp_old)
-    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - low, 1 + high))
+def clipped(t):
+    """max(-A r, -A clip(r, 1 - low, 1 + high)), r = pi / pi_old (PPO: Schulman et al. 2017, eq. 7). The
+    pessimistic of the two: what has moved far enough in the good direction has no gradient, what has
+    moved in the bad one always has."""
+    ratio, (low, high) = ratio_of(t.logp - t.logp_old), t.clip
+    return torch.maximum(-t.A * ratio, -t.A * ratio.clamp(1 - low, 1 + high))
 
 
-def sequence_clipped(logp, logp_old, advantage, mask, low, high):
-    """`clipped` with one ratio for a whole answer, the geometric mean of its tokens': s = exp(mean_t log(pi / pi_old))
-    (GSPO: Zheng et al. 2025, eq. 14). Written sg(s) pi / sg(pi): its value is s, its gradient each token's own."""
-    s = ratio_of(mean((logp - logp_old).detach(), mask))
-    ratio = s * ratio_of(logp - logp.detach())
-    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - low, 1 + high))
+def sequence_clipped(t):
+    """`clipped` with one ratio for a whole answer, the geometric mean of its tokens':
+    s = exp(mean_t log(pi / pi_old)) (GSPO: Zheng et al. 2025, eq. 14). Written sg(s) pi / sg(pi): its
+    value is s, its gradient each token's own."""
+    s, (low, high) = ratio_of(mean((t.logp - t.logp_old).detach(), t.mask)), t.clip
+    ratio = s * ratio_of(t.logp - t.logp.detach())
+    return torch.maximum(-t.A * ratio, -t.A * ratio.clamp(1 - low, 1 + high))
 
 
-def clipped_weight(logp, logp_old, advantage, mask, low, high):
-    """-sg(min(r, 1 + high)) A log pi (CISPO: MiniMax 2025, arXiv 2506.13585, eq. 4): every token keeps its gradient, its
-    weight is cut."""
-    return -ratio_of(logp - logp_old).detach().clamp(max=1 + high) * advantage * logp
+def clipped_weight(t):
+    """-sg(min(r, 1 + high)) A log pi (CISPO: MiniMax 2025, arXiv 2506.13585, eq. 4): every token keeps
+    its gradient, its weight is cut."""
+    weight = ratio_of(t.logp - t.logp_old).detach().clamp(max=1 + t.clip[1])
+    return -weight * t.A * t.logp
 
 
 def k3(logp, logp_ref):
@@ -169,22 +199,44 @@ CORRECTIONS = {
 }
 
 
-def band(name, low=-1.0, high=-1.0):
-    """The ends of a correction's band: its own where -1 is given."""
-    _, _, own_low, own_high = CORRECTIONS[name]
-    return own_low if low < 0 else low, own_high if high < 0 else high
+def parse_correction(text):
+    """`seq-mis`, `seq-mis:10` (another cap) or `token-mis:0.5:5` (another band) -> (name, low, high)."""
+    name, *ends = text.split(":")
+    if name == "none" and not ends:
+        return "none", 0.0, math.inf
+    if name not in CORRECTIONS:
+        raise InputError(f"no correction {name[:40]!r}{nearest(name, CORRECTIONS)}: use none, "
+                         f"{', '.join(CORRECTIONS)}, with an end or a band of its own as in seq-mis:10")
+    _, _, low, high = CORRECTIONS[name]
+    try:
+        ends = [float(e) for e in ends]
+        low, high = {0: (low, high), 1: (low, *ends), 2: tuple(ends)}[len(ends)]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"correction {text[:60]!r}: after the name stand a cap, or a low and a high end, "
+                         "as in token-mis:0.5:5") from None
+    if not 0 <= low < high:
+        raise InputError(f"correction {text[:60]!r} keeps nothing: from {low:g} to {high:g}")
+    return name, low, high
 
 
-def correct(name, log_ratio, mask, low=-1.0, high=-1.0):
-    """log(pi / mu) (R, T) -> weight (R, T), kept (R, T) bool, False off the answers. low, high: -1 takes the correction's own."""
+def correct(correction, log_ratio, mask):
+    """log(pi / mu) (R, T) -> weight (R, T), kept (R, T) bool, False off the answers. correction: its
+    text, as --correction has it."""
+    name, low, high = parse_correction(correction)
     if name == "none":
         return mask.float(), mask
     level, rule, _, _ = CORRECTIONS[name]
-    weight, kept = rule(level(log_ratio.detach(), mask), *band(name, low, high))
+    weight, kept = rule(level(log_ratio.detach(), mask), low, high)
     return weight * mask, kept & mask
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def rejects(correction):
+    """Whether it leaves tokens out, and so out of the denominator."""
+    name = parse_correction(correction)[0]
+    return name != "none" and CORRECTIONS[name][1] is not truncate
+
+
+# -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -193,55 +245,69 @@ class Algorithm:
     advantage: Callable
     loss: Callable
     average: Callable
-    settings: dict = field(default_factory=dict)          # what it sets in Config, unless a flag says otherwise
-
-    @property
-    def has_ratio(self):
-        return self.loss is not policy_gradient
+    has_ratio: bool                                 # whether the loss looks at logp_old
+    settings: dict = field(default_factory=dict)    # what it sets, unless a flag says otherwise
 
 
-DECOUPLED = dict(old_policy="recomputed")
 ALGORITHMS = {
-    "dr-grpo": Algorithm("A = r - group mean, PPO's clipped ratio, constant denominator", centred, clipped, constant),
-    "grpo": Algorithm("A / std, clipped ratio, mean over each answer", standardised, clipped, per_answer),
-    "reinforce": Algorithm("A = r - batch mean, no ratio, no clip", batch_baseline, policy_gradient, constant),
-    "pg": Algorithm("A = r - group mean, no ratio, no clip", centred, policy_gradient, constant),
-    "rloo": Algorithm("A = r - mean of the others, no ratio, no clip", leave_one_out, policy_gradient, constant),
-    "gspo": Algorithm("A / std, one clipped ratio per answer", standardised, sequence_clipped, per_answer,
-                      dict(clip_low=3e-4, clip_high=4e-4)),
-    "dapo": Algorithm("grpo with clip-higher, mean over tokens, dynamic sampling; --overlong for tasks with room to spare",
-                      standardised, clipped, per_token, dict(clip_high=0.28, dynamic_sampling=3)),
-    "cispo": Algorithm("A / std, ratio as a cut weight, mean over tokens", standardised, clipped_weight, per_token,
-                       dict(clip_high=4.0)),
-    # as the paper names them; its scripts take Dr.GRPO's advantage and denominator for all of these
-    "pg-seq-is": Algorithm("pg, weight pi/mu of the answer", centred, policy_gradient, constant, dict(correction="seq-is")),
-    "pg-seq-tis": Algorithm("pg, ... at most 3", centred, policy_gradient, constant, dict(correction="seq-tis")),
-    "pg-seq-mis": Algorithm("pg, ... rejected above 3", centred, policy_gradient, constant, dict(correction="seq-mis")),
-    "pg-token-tis": Algorithm("pg, weight pi/mu of the token, at most 2", centred, policy_gradient, constant,
-                              dict(correction="token-tis")),
-    "grpo-token-tis": Algorithm("dr-grpo against a recomputed pi_old, times pi_old/mu of the token, at most 2", centred, clipped,
-                                constant, dict(correction="token-tis", **DECOUPLED)),
-    "grpo-seq-mis": Algorithm("dr-grpo against a recomputed pi_old, times pi_old/mu of the answer, rejected above 10", centred,
-                              clipped, constant, dict(correction="seq-mis", correction_high=10.0, **DECOUPLED)),
+    "dr-grpo": Algorithm("A = r - group mean, PPO's clipped ratio, constant denominator",
+                         centred, clipped, constant, True),
+    "grpo": Algorithm("A / std, clipped ratio, mean over each answer",
+                      standardised, clipped, per_answer, True),
+    "reinforce": Algorithm("A = r - batch mean, no ratio, no clip",
+                           batch_baseline, policy_gradient, constant, False),
+    "pg": Algorithm("A = r - group mean, no ratio, no clip",
+                    centred, policy_gradient, constant, False),
+    "rloo": Algorithm("A = r - mean of the others, no ratio, no clip",
+                      leave_one_out, policy_gradient, constant, False),
+    "gspo": Algorithm("A / std, one clipped ratio per answer",
+                      standardised, sequence_clipped, per_answer, True, dict(clip=(3e-4, 4e-4))),
+    "dapo": Algorithm("grpo with clip-higher, mean over tokens, dynamic sampling; --overlong where there "
+                      "is room", standardised, clipped, per_token, True,
+                      dict(clip=(0.2, 0.28), dynamic_sampling=3)),
+    "cispo": Algorithm("A / std, ratio as a cut weight, mean over tokens",
+                       standardised, clipped_weight, per_token, True, dict(clip=(0.2, 4.0))),
+}
+# The paper's names for what is an algorithm and a correction. Its scripts take Dr.GRPO's advantage and
+# denominator for all of them.
+DECOUPLED = dict(algo="dr-grpo", old_policy="recomputed")
+PAPER = {
+    "pg-seq-is": dict(algo="pg", correction="seq-is"),
+    "pg-seq-tis": dict(algo="pg", correction="seq-tis"),
+    "pg-seq-mis": dict(algo="pg", correction="seq-mis"),
+    "pg-token-tis": dict(algo="pg", correction="token-tis"),
+    "grpo-token-tis": dict(DECOUPLED, correction="token-tis"),
+    "grpo-seq-mis": dict(DECOUPLED, correction="seq-mis:10"),
 }
 
 
-def policy_loss(algorithm, cfg, logp, logp_old, logp_rollout, advantage, mask, room, logp_ref=None):
-    """The loss of some answers, summed and not yet divided by its units. logp under gradient, all (R, T); advantage (R,).
+def decoupled(cfg):
+    """Whether the ratio is taken to pi as the training code computes it, and not to mu."""
+    return ALGORITHMS[cfg.algo].has_ratio and cfg.old_policy == "recomputed"
 
-    logp_old None: pi itself before this update, that is logp without its gradient. Returns (sum, units, stats): a scalar, a
-    number (what the sum over the whole batch is to be divided by), and sums over tokens for the metrics."""
-    anchor = logp.detach() if logp_old is None else logp_old
-    decoupled = algorithm.has_ratio and cfg.old_policy == "recomputed"
-    rho = (anchor if decoupled else logp.detach()) - logp_rollout
-    weight, kept = correct(cfg.correction, rho, mask, cfg.correction_low, cfg.correction_high)
-    loss = weight * algorithm.loss(logp, anchor, advantage[:, None], mask, cfg.clip_low, cfg.clip_high)
-    penalty = k3(logp, logp_ref) if logp_ref is not None else torch.zeros_like(logp)
-    per, units = algorithm.average(kept, room)
+
+def count(cfg, kept, room):
+    """What the loss of some answers is to be divided by, as a number."""
+    return float(ALGORITHMS[cfg.algo].average(kept, room)[1].sum())
+
+
+def policy_loss(cfg, t):
+    """The loss of some answers, summed and not yet divided: a scalar, and sums over tokens for the
+    metrics. The weight is of pi_old / mu where the ratio is pi / pi_old, else of pi / mu."""
+    algorithm, (low, high) = ALGORITHMS[cfg.algo], t.clip
+    acted = t.logp_old if decoupled(cfg) else t.logp.detach()
+    weight, kept = correct(cfg.correction, acted - t.logp_rollout, t.mask)
+    loss, penalty = weight * algorithm.loss(t), torch.zeros_like(t.logp)
+    if t.logp_reference is not None:
+        penalty = k3(t.logp, t.logp_reference)
+    per, _ = algorithm.average(kept, t.room)
     total = ((loss + cfg.kl_beta * penalty) * per)[kept].sum()
     with torch.no_grad():
-        ratio = (geometric if algorithm.loss is sequence_clipped else token)(logp - anchor, mask)
-        outside = (ratio < 1 - cfg.clip_low) | (ratio > 1 + cfg.clip_high)
-        stats = dict(tokens=mask.sum(), kept=kept.sum(), clipped=(outside & mask).sum(), weight=weight[kept].sum(),
-                     weight2=weight[kept].square().sum(), kl_ref=penalty[mask].sum())
-    return total, units.sum(), stats
+        level = geometric if algorithm.loss is sequence_clipped else token
+        ratio = level(t.logp - t.logp_old, t.mask)
+        outside = (ratio < 1 - low) | (ratio > 1 + high)
+        stats = dict(tokens=t.mask.sum(), kept=kept.sum(), clipped=(outside & t.mask).sum(),
+                     weight=weight[kept].double().sum(),
+                     weight2=weight[kept].double().square().sum(),
+                     kl_ref=penalty[t.mask].sum())
+    return total, stats

@@ -133,16 +133,61 @@ def rope_frequencies(cfg):
 
 
 class Adapter(nn.Module):
-    """LoRA (Hu et al. 2021, eq. 3) for one product: W x + alpha / rank * B A x, W frozen. The rows of a fused product (queries,
-    keys, values) have an A and a B each, as checkpoints that keep them apart would."""
+    """LoRA (Hu et al. 2021, eq. 3) for one product: W x + alpha / rank * B A x, W frozen, alpha = 2 rank.
+    The rows of a fused product (queries, keys, values) have an A and a B each, as checkpoints that keep
+    them apart would.
 
-    def __init__(self, parts, inputs, rank, scale, generator):
+    The adapter stays apart, in rollout as in training. Merged into W, it would be rounded away to W's
+    spacing: an update of 1e-4 to a weight of 1 is below half of FP16's, and the policy that acts would
+    not be the one that learns."""
+    scale = 2.0                                                 # alpha / rank
+
+    def __init__(self, parts, inputs, rank, generator):
         """parts: name -> (first row, rows) of the product that it adds to."""
         super().__init__()
-        self.rank, self.scale, self.parts = rank, scale, parts
-        bound = inputs ** -0.5                                             # PEFT's: Kaiming uniform with a = sqrt(5)
-        self.A = nn.Parameter((torch.rand(len(parts) * rank, inputs, generator=generator) * 2 - 1) * bound)
+        self.rank, self.parts = rank, parts
+        A = torch.rand(len(parts) * rank, inputs, generator=generator) * 2 - 1
+        self.A = nn.Parameter(A * inputs ** -0.5)               # PEFT's: Kaiming uniform with a = sqrt(5)
         self.B = nn.ParameterList(nn.Parameter(torch.zeros(rows, rank)) for _, rows in parts.values())
+
+    def forward(self, num, x, y):
+        """x (..., I), the frozen product y (..., O) -> y + scale * B A x."""
+        a = num.linear(x, self.A).split(self.rank, -1)
+        z = [num.linear(part, B) for part, B in zip(a, self.B)]
+        return num.add(y, torch.cat(z, -1), self.scale)
+
+
+class Experts(nn.Module):
+    """A mixture of experts in an MLP's place (Shazeer et al. 2017; as in Qwen3-MoE): each token goes to
+    the K experts whose router probabilities are largest, and gets their SwiGLU MLPs' outputs, weighted
+    by these probabilities."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        E, F, C = cfg.n_experts, cfg.expert_width, cfg.width
+        self.K, self.norm_topk = cfg.experts_per_token, cfg.norm_topk
+        self.router = nn.Parameter(torch.empty(E, C))
+        self.router.keep_fp32 = True                            # see Numerics.router_logits
+        self.gate_up = nn.ParameterList(torch.empty(2 * F, C) for _ in range(E))
+        self.down = nn.ParameterList(torch.empty(C, F) for _ in range(E))
+
+    def forward(self, num, x, replay=None):
+        """x (B, T, C); replay (B, T, K): experts to go to in place of the router's choice. Returns
+        (B, T, C) and the router's own choice (B, T, K) int16, most likely first."""
+        (B, T, C), K = x.shape, self.K
+        x = x.reshape(B * T, C)
+        p = num.log_softmax(num.router_logits(x, self.router)).exp()                        # (N, E)
+        own = p.topk(K, -1).indices
+        chosen = own if replay is None else replay.reshape(-1, K).long()
+        weight = p.gather(1, chosen)
+        if self.norm_topk:
+            weight = weight / weight.sum(-1, keepdim=True)
+        place = torch.argsort(chosen.flatten(), stable=True)    # which of the N K places go to whom
+        counts = torch.bincount(chosen.flatten(), minlength=len(self.down)).tolist()
+        out = [num.linear(num.swiglu(num.linear(x[at // K], gate_up)), down)
+               for at, gate_up, down in zip(place.split(counts), self.gate_up, self.down) if len(at)]
+        out = torch.cat(out)[torch.argsort(place)]              # back in the order of the tokens
+        return num.mix(out.view(-1, K, C), weight).view(B, T, C), own.view(B, T, K).to(torch.int16)
 
 
 class Block(nn.Module):
@@ -151,57 +196,58 @@ class Block(nn.Module):
     def __init__(self, cfg, layer=0):
         super().__init__()
         H, KV, D, C = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, cfg.width
-        self.cfg, self.layer, self.moe = cfg, layer, cfg.is_moe(layer)
+        self.cfg, self.layer = cfg, layer
         self.norm1 = nn.Parameter(torch.ones(C))
-        self.qkv = nn.Parameter(torch.empty((H + 2 * KV) * D, C))          # queries, keys, values, one product
+        self.qkv = nn.Parameter(torch.empty((H + 2 * KV) * D, C))    # queries, keys, values, one product
         self.qkv_bias = nn.Parameter(torch.zeros((H + 2 * KV) * D)) if cfg.qkv_bias else None
         self.q_norm = nn.Parameter(torch.ones(D)) if cfg.qk_norm else None
         self.k_norm = nn.Parameter(torch.ones(D)) if cfg.qk_norm else None
         self.proj = nn.Parameter(torch.empty(C, H * D))
         self.norm2 = nn.Parameter(torch.ones(C))
-        if self.moe:
-            self.router = nn.Parameter(torch.empty(cfg.n_experts, C))
-            self.router.keep_fp32 = True                                   # a coarse router sends tokens elsewhere: Numerics.hold
-            self.gate_up = nn.Parameter(torch.empty(cfg.n_experts, 2 * cfg.expert_width, C))
-            self.down = nn.Parameter(torch.empty(cfg.n_experts, C, cfg.expert_width))
-        else:
-            self.gate_up = nn.Parameter(torch.empty(2 * cfg.mlp_width, C))  # gate first, value second
+        self.experts = Experts(cfg) if cfg.is_moe(layer) else None
+        if not self.experts:
+            self.gate_up = nn.Parameter(torch.empty(2 * cfg.mlp_width, C))       # gate first, value second
             self.down = nn.Parameter(torch.empty(C, cfg.mlp_width))
-        self.lora, self.adapted = nn.ModuleDict(), True                    # name of a product -> its Adapter
-        self.routes = None                                                 # which experts the last forward pass chose
+        self.lora, self.adapted = nn.ModuleDict(), True         # name of a product -> its Adapter
+        self.routes = None                                      # which experts the last pass chose
 
     def parts(self):
-        """product -> {its name in checkpoints: (first row, rows)}; what LoRA may adapt."""
+        """product -> {its name in checkpoints: (first row, rows)}; what LoRA adapts."""
         H, KV, D, F = (getattr(self.cfg, n) for n in ("n_heads", "n_kv_heads", "head_dim", "mlp_width"))
-        attention = {"qkv": dict(q_proj=(0, H * D), k_proj=(H * D, KV * D), v_proj=((H + KV) * D, KV * D)),
-                     "proj": dict(o_proj=(0, self.cfg.width))}
-        mlp = {"gate_up": dict(gate_proj=(0, F), up_proj=(F, F)), "down": dict(down_proj=(0, self.cfg.width))}
-        return attention if self.moe else {**attention, **mlp}
+        qkv = dict(q_proj=(0, H * D), k_proj=(H * D, KV * D), v_proj=((H + KV) * D, KV * D))
+        attention = dict(qkv=qkv, proj=dict(o_proj=(0, self.cfg.width)))
+        mlp = dict(gate_up=dict(gate_proj=(0, F), up_proj=(F, F)), down=dict(down_proj=(0, self.cfg.width)))
+        return attention if self.experts else {**attention, **mlp}
 
-    def forward(self, x, cos, sin, mask, num, name, cache=None, layer=0, replay=None):
-        fused = num.block(self, x, cos, sin, mask, cache, layer)            # these very lines in one compiled call, or None
-        if fused is not None:
-            return fused
-        B, T, C = x.shape
-        cfg, H, KV, D = self.cfg, self.cfg.n_heads, self.cfg.n_kv_heads, self.cfg.head_dim
-        lora = self.lora._modules if self.adapted else {}
-        num.where = f"{name}.attention"
-        h = num.rms_norm(x, self.norm1, cfg.norm_eps)
-        h = num.linear(h, self.qkv, self.qkv_bias, lora.get("qkv")).view(B, T, H + 2 * KV, D)
-        if cfg.qk_norm:
-            q, k, v = h.split((H, KV, KV), 2)
-            h = torch.cat((num.rms_norm(q, self.q_norm, cfg.norm_eps), num.rms_norm(k, self.k_norm, cfg.norm_eps), v), 2)
-        q, k, v = num.rope(h, cos, sin, H, KV)                                                # (B, heads, T, D)
+    def linear(self, num, x, product, bias=None):
+        """One of the block's products, with its adapter if it has one."""
+        y = num.linear(x, getattr(self, product), bias)
+        return self.lora[product](num, x, y) if product in self.lora and self.adapted else y
+
+    def forward(self, x, cos, sin, mask, num, cache=None, replay=None):
+        whole = num.block(self, x, cos, sin, mask, cache)       # these lines in one compiled call, or None
+        if whole is not None:
+            return whole
+        (B, T, _), c, H, KV = x.shape, self.cfg, self.cfg.n_heads, self.cfg.n_kv_heads
+        num.where = f"blocks.{self.layer}.attention"
+        h = num.rms_norm(x, self.norm1, c.norm_eps)
+        h = self.linear(num, h, "qkv", self.qkv_bias).view(B, T, H + 2 * KV, c.head_dim)
+        qk, v = h.transpose(1, 2).split((H + KV, KV), 1)                          # (B, heads, T, D)
+        if c.qk_norm:
+            q, k = qk.split((H, KV), 1)
+            q, k = num.rms_norm(q, self.q_norm, c.norm_eps), num.rms_norm(k, self.k_norm, c.norm_eps)
+            qk = torch.cat((q, k), 1)
+        q, k = num.rope(qk, cos, sin).split((H, KV), 1)
         if cache is not None:
-            k, v = cache.append(layer, k, v)
-        y = num.attention(q, k, v, mask).transpose(1, 2).reshape(B, T, H * D)
-        x = num.add(x, num.linear(y, self.proj, None, lora.get("proj")))
-        num.where = f"{name}.mlp"
-        h = num.rms_norm(x, self.norm2, cfg.norm_eps)
-        if self.moe:
-            y, self.routes = num.experts(h, self.router, self.gate_up, self.down, cfg.experts_per_token, cfg.norm_topk, replay)
+            k, v = cache.append(self.layer, k, v)
+        y = num.attention(q, k, v, mask).transpose(1, 2).reshape(B, T, H * c.head_dim)
+        x = num.add(x, self.linear(num, y, "proj"))
+        num.where = f"blocks.{self.layer}.mlp"
+        h = num.rms_norm(x, self.norm2, c.norm_eps)
+        if self.experts:
+            y, self.routes = self.experts(num, h, replay)
         else:
-            y = num.linear(num.swiglu(num.linear(h, self.gate_up, None, lora.get("gate_up"))), self.down, None, lora.get("down"))
+            y = self.linear(num, num.swiglu(self.linear(num, h, "gate_up")), "down")
         return num.add(x, y)
 
 
@@ -236,29 +282,24 @@ class GPT(nn.Module):
                 # 0.06 at width 128: with GPT-2's 0.02 a small model needs twice the steps to find the columns of a sum.
                 # The residual stream sums 2 n_layers branches: scale what feeds it (Radford et al. 2019).
                 std = 0.02 if name == "head" else 0.7 * cfg.width ** -0.5
-                nn.init.normal_(p, std=std / (2 * cfg.n_layers) ** 0.5 if name.endswith(("proj", "down")) else std, generator=g)
+                feeds = any(part in ("proj", "down") for part in name.split("."))
+                nn.init.normal_(p, std=std / (2 * cfg.n_layers) ** 0.5 if feeds else std, generator=g)
 
     def use(self, num):
         """Compute in this number format from now on. `num` must hold this model's parameters."""
         self.num = num
         return self
 
-    def adapt(self, rank, alpha, targets=(), seed=0):
-        """Freeze every weight and add LoRA adapters of this rank, FP32 masters; targets: names such as q_proj (default: every
-        projection but a MoE's experts). Call before Numerics.hold."""
+    def adapt(self, rank, seed=0):
+        """Freeze every weight and add LoRA adapters of this rank to every projection but the experts',
+        FP32 masters. Call before Numerics.hold."""
         device, g = self.embedding.device, torch.Generator().manual_seed(seed)
-        known = {name for b in self.blocks for parts in b.parts().values() for name in parts}
-        for name in targets:
-            if name not in known:
-                raise InputError(f"LoRA on {name!r}: this model has {', '.join(sorted(known))}")
         self.requires_grad_(False)
         for block in self.blocks:
             for product, parts in block.parts().items():
-                chosen = {n: at for n, at in parts.items() if not targets or n in targets}
-                if chosen:
-                    inputs = getattr(block, product).shape[1]
-                    block.lora[product] = Adapter(chosen, inputs, rank, alpha / rank, g).to(device)
-        self.lora = dict(rank=rank, alpha=alpha, targets=list(targets))
+                adapter = Adapter(parts, getattr(block, product).shape[1], rank, g)
+                block.lora[product] = adapter.to(device)
+        self.lora = dict(rank=rank)
         return self
 
     def adapters(self, on):
@@ -271,31 +312,34 @@ class GPT(nn.Module):
         """Where both sides of a run round alike, a frozen weight needs no FP32 master: keep the rounded one, in num's dtype."""
         for p in self.parameters():
             if not p.requires_grad and not getattr(p, "keep_fp32", False):
-                p.data = num.rounded(p.data.float()).to(num.dtype)
+                p.data = num.round(p.data.float())
 
     def forward(self, tokens, cache=None, replay=None):
-        """tokens (B, T) int64 -> hidden states (B, T, C) after the last norm, in num.dtype. replay: see token_logprobs.
+        """tokens (B, T) int64 -> hidden states (B, T, C) after the last norm, in num.dtype. replay: see
+        token_logprobs.
 
-        Without a cache the rows start at position 0 and attention is causal; right padding is harmless, since nothing
-        looks to its right. With a cache the tokens continue each row behind cache.length, which moves on by T."""
+        Without a cache the rows start at position 0 and attention is causal. Right padding is harmless:
+        nothing looks to its right. With a cache the tokens continue each row after cache.length, which
+        moves on by T."""
         num, T = self.num, tokens.shape[1]
         start = 0 if cache is None else cache.length
         if isinstance(start, int):
             if start + T > self.cfg.context:
                 raise InputError(f"{start + T} tokens do not fit the model's context of {self.cfg.context}")
             cos, sin, mask = self.cos[start:start + T], self.sin[start:start + T], None
-            if start and T > 1:                                    # a chunk behind a cache: shifted causal mask
+            if start and T > 1:                             # a chunk after a cache: shifted causal mask
                 mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril_(start)
-        else:                                                      # ragged rows, each at a position of its own
-            position = start[:, None] + torch.arange(T, device=tokens.device)                 # (B, T)
-            cos, sin = self.cos[position], self.sin[position]
-            mask = (torch.arange(cache.longest + T, device=tokens.device) <= position[..., None])[:, None]
+        else:                                               # ragged rows, each at a position of its own
+            position = start[:, None] + torch.arange(T, device=tokens.device)              # (B, T)
+            cos, sin = self.cos[position][:, None], self.sin[position][:, None]            # (B, 1, T, D/2)
+            keys = torch.arange(cache.longest + T, device=tokens.device)
+            mask = (keys <= position[..., None])[:, None]                                  # (B, 1, T, keys)
         num.where = "embedding"
         x = num.embed(tokens, self.embedding)
-        sparse = iter(range(self.cfg.n_layers))                    # which of the MoE layers
-        for i, block in enumerate(self.blocks):
-            here = cos, sin, mask, num, f"blocks.{i}", cache, i
-            if replay is not None and block.moe:
+        sparse = iter(range(self.cfg.n_layers))             # which of the layers with experts
+        for block in self.blocks:
+            here = cos, sin, mask, num, cache
+            if replay is not None and block.experts:
                 here += (replay[..., next(sparse), :],)
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, *here, use_reentrant=False, preserve_rng_state=False)
@@ -308,7 +352,7 @@ class GPT(nn.Module):
 
     def routes(self):
         """Which experts the last forward pass chose: (B, T, MoE layers, K) int16, or None for a model without experts."""
-        chosen = [b.routes for b in self.blocks if b.moe]
+        chosen = [b.routes for b in self.blocks if b.experts]
         return torch.stack(chosen, 2) if chosen else None
 
     def logits(self, hidden):
@@ -334,7 +378,8 @@ class GPT(nn.Module):
         average, `heads` of them through the head. A backward pass is twice that. Masked scores are not counted."""
         c = self.cfg
         per_token = sum(p.numel() for b in self.blocks for p in b.parameters() if p.dim() == 2)
-        per_token += sum(p[0].numel() * c.experts_per_token for b in self.blocks for p in b.parameters() if p.dim() == 3)
+        idle = c.n_experts - c.experts_per_token            # experts that a token does not go to
+        per_token -= sum(idle * b.experts.gate_up[0].numel() * 3 // 2 for b in self.blocks if b.experts)
         return 2 * tokens * (per_token + 2 * c.n_layers * c.n_heads * c.head_dim * context) + 2 * heads * c.vocab_size * c.width
 
 

@@ -1,33 +1,33 @@
-"""Tasks: problems with a checkable answer.
+"""Tasks: problems with a checkable answer. A task is a class with these methods, or a Python file that
+has functions of these names (data/own.py; `--task mytask.py`):
 
-Every task has
-    reward(problem, text)          -> 1.0 or 0.0 (or between), from the text of an answer alone
-    safe                           True: the reward is a bounded parser of ours and runs where it is called. False: it may hang or
-                                   die, and data/guard.py runs it in processes of its own, made anew from `recipe`
-One whose model begins from scratch (TASKS) also has, for the noisy demonstrator whose imitation makes the base model,
-    prompt_length, answer_length   bounds in tokens, the answer's with its stop token
+    reward(problem, text)          -> 1.0 for a right answer, else 0.0 (or between), from its text alone
+
+A model from scratch learns a task that draws its own problems, by imitating a noisy demonstrator first:
+
     problem(rng)                   -> Problem(prompt, answer), drawn from a numpy Generator
     demonstrate(problem, rng)      -> the text of one noisy worked answer
-    prompt(question)               -> the problem in words, for a real model (optional)
-One for a model that can read (REAL, or a file of yours: data/own.py) has instead
-    load(path)                     -> Problems, whose `prompt` is the question as the file has it
+
+A model that can read (--model) is asked problems of a data set:
+
+    load(path)                     -> a list of Problems; path is --data, or ""
     prompt(question)               -> the text that the model is to read
-A task of your own that begins from scratch is a class like data/reverse.py and one line in TASKS below.
+
+`class Task` has what a task leaves out. Ours are data/addition.py, the smallest data/reverse.py.
 """
 import importlib
 import json
 import os
 import pathlib
+import stat
 from dataclasses import dataclass
 
 import numpy as np
 
-# what is made once and kept: base models, compiled operators
-CACHE = pathlib.Path(os.environ.get("TENBIT_CACHE") or pathlib.Path(__file__).resolve().parent.parent / ".cache")
+FETCHED = pathlib.Path(__file__).resolve().parent / "fetched"     # where data/prepare.py puts data sets
 
-FETCHED = pathlib.Path(__file__).resolve().parent / "fetched"        # where data/prepare.py puts real data sets
-
-TASKS = {"addition": "data.addition.Addition", "reverse": "data.reverse.Reverse", "countdown": "data.countdown.Countdown"}
+SCRATCH = {"addition": "data.addition.Addition", "reverse": "data.reverse.Reverse",
+           "countdown": "data.countdown.Countdown"}
 REAL = {"gsm8k": "data.gsm8k.GSM8K", "math": "data.math_answers.Math"}
 
 
@@ -37,29 +37,60 @@ class Problem:
     answer: str
 
 
+class Task:
+    """name: as --task has it. draws: whether `problem` and `demonstrate` are there. loads: whether
+    its problems for --model come from `load`. safe: the reward is a bounded parser of ours and runs
+    where it is called; else data/guard.py runs it in processes of its own. prompt_length, answer_length:
+    tokens at most, the answer's with its stop token (0: not known beforehand)."""
+    name, draws, loads, safe = "", False, True, True
+    prompt_length = answer_length = 0
+    system = ""                                                   # a system prompt for models that read
+
+    def problem(self, rng):
+        raise NotImplementedError(f"{self.name} draws no problems")
+
+    def demonstrate(self, problem, rng):
+        raise NotImplementedError(f"{self.name} has no demonstrator")
+
+    def load(self, path=""):
+        return load_problems(path)
+
+    def prompt(self, question):
+        return question
+
+    def prepare(self):
+        """What takes long is done now, and what is missing is said now."""
+
+    def reward(self, problem, text):
+        raise NotImplementedError
+
+
 def input_error(message):
-    """A precision.InputError, imported only now: precision imports torch, and a process that only grades does well without."""
+    """A precision.InputError. Imported late: a process that only grades does well without torch."""
     from precision import InputError
     return InputError(message)
 
 
 def make_task(name, digits=0, noise=0.0):
-    """A task by its name, or by the file that has it (data/own.py). digits and noise are for those that begin from scratch."""
+    """A task by its name, or by its file. digits and noise are for those that draw their problems."""
     if name.endswith(".py"):
         from data.own import load_own
         return load_own(name)
-    if name not in {**TASKS, **REAL}:
+    known = {**SCRATCH, **REAL}
+    if name not in known:
         from precision import nearest
-        raise input_error(f"no task {name!r}{nearest(name, [*TASKS, *REAL])} There are {', '.join([*TASKS, *REAL])}, and a file "
-                          "of your own such as data/example_task.py")
-    module, _, kind = {**TASKS, **REAL}[name].rpartition(".")
+        raise input_error(f"no task {name[:80]!r}{nearest(name, known)} There are {', '.join(known)}, "
+                          "and a file of your own such as data/example_task.py")
+    module, _, kind = known[name].rpartition(".")
     make = getattr(importlib.import_module(module), kind)
-    return make(digits, noise) if name in TASKS else make()
+    task = make(digits, noise) if name in SCRATCH else make()
+    task.name = name
+    return task
 
 
 def stream(*key):
-    """A numpy random Generator for this key of non-negative integers, such as (seed, purpose, step). Randomness that is a
-    function of the step needs no state to be saved: a resumed run draws what the uninterrupted one would have drawn."""
+    """A numpy Generator for this key of non-negative integers, such as (seed, purpose, step). Randomness
+    that is a function of the step needs no state to be saved."""
     return np.random.default_rng(np.random.SeedSequence(key))
 
 
@@ -73,53 +104,58 @@ def draw_problems(task, n, rng, exclude=()):
             out.append(p)
             if len(out) == n:
                 return out
-    raise input_error(f"the task has too few different problems for {n} of them and {len(exclude)} others: lengthen it with "
-                      "--digits, or lower --pool and --heldout")
+    raise input_error(f"the task has too few different problems for {n} of them and {len(exclude)} "
+                      "others: lengthen it with --digits, or lower --pool and --heldout")
 
 
 def load_problems(path, forms=(("prompt", "answer"),), answer=None):
-    """Problems from a JSON Lines file: one {"prompt": "...", "answer": "..."} a line. Empty lines are skipped.
+    """Problems from a JSON Lines file: one {"prompt": "...", "answer": "..."} a line.
 
-    forms: the pairs of names that a line's two texts may have, the first that a line begins to fit holds. answer(key, text):
-    what of the second text is the answer; its ValueError says what is the matter with the line."""
+    forms: the pairs of names that a line's two texts may have, the first that fits counts. answer(key,
+    text): what of the second text is the answer; its ValueError says what is wrong with the line."""
     problems = []
     for place, row in read_rows(path):
-        question, worked = next((f for f in forms if isinstance(row, dict) and set(f) <= set(row)), None) or next(
-            (f for f in forms if isinstance(row, dict) and f[0] in row), forms[0])
+        row = row if isinstance(row, dict) else {}
+        fits = [f for f in forms if set(f) <= set(row)] or [f for f in forms if f[0] in row] or [forms[0]]
+        question, worked = fits[0]
         for key in (question, worked):
-            if not isinstance(row, dict) or not isinstance(row.get(key), str):
-                raise input_error(f'{place}: no text under "{key}"; a line is {{"{question}": "...", "{worked}": "..."}}')
+            if not isinstance(row.get(key), str):
+                raise input_error(f'{place}: no text under "{key}"; a line is '
+                                  f'{{"{question}": "...", "{worked}": "..."}}')
         if not row[question].strip():
             raise input_error(f"{place}: the {question} is empty")
         try:
-            problems.append(Problem(row[question], answer(worked, row[worked]) if answer else row[worked]))
+            said = answer(worked, row[worked]) if answer else row[worked]
         except ValueError as e:
             raise input_error(f"{place}: {e}") from None
+        problems.append(Problem(row[question], said))
     if not problems:
         raise input_error(f"{path}: no problems in it")
     return problems
 
 
 def load_real(task, path, forms, answer):
-    """`load_problems` of a real data set; without a path, where data/prepare.py puts it."""
+    """`load_problems` of a real data set; without a path, from where data/prepare.py puts it."""
     path = path or FETCHED / f"{task.name}-train.jsonl"
     if not os.path.exists(path):
-        raise input_error(f"no problems for --task {task.name}: {path} is not there. With a network, `python -m data.prepare "
-                          f"{task.name}` fetches it; else give a file with --data")
+        raise input_error(f"no problems for --task {task.name}: {path} is not there. With a network, "
+                          f"`python -m data.prepare {task.name}` fetches it; else give --data FILE")
     return load_problems(path, forms, answer)
 
 
 def read_rows(path):
     """The lines of a JSON Lines file -> (where it stands, what it says), without the empty ones."""
     try:
-        with open(path, encoding="utf-8") as f:
+        if not stat.S_ISREG(os.stat(path).st_mode):               # a pipe would wait for ever
+            raise input_error(f"{path} is not a file")
+        with open(path, encoding="utf-8-sig") as f:
             for i, line in enumerate(f, 1):
                 if line.strip():
                     try:
                         yield f"{path} line {i}", json.loads(line)
                     except json.JSONDecodeError as e:
                         raise input_error(f"{path} line {i}: not JSON ({e.msg} at column {e.colno})") from None
-                    except (ValueError, RecursionError):                  # a number of 5,000 digits, a thousand brackets
+                    except (ValueError, RecursionError):          # a number of 5,000 digits, a thousand brackets
                         raise input_error(f"{path} line {i}: not JSON that can be read") from None
     except OSError as e:
         raise input_error(f"cannot read {path}: {e.strerror}") from None

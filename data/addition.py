@@ -6,10 +6,12 @@ Each column reads digit + digit + carry = sum. The demonstrator gets each column
 from what it wrote, so imitation alone answers (1 - noise)^digits of the problems right, and no amount of it more. RL can:
 it sees only whether the result is right. `digits` is the dial for the length of the chain of thought.
 """
-from data import Problem
+from data import Problem, Task
 
 
-class Addition:
+class Addition(Task):
+    draws, loads = True, False
+
     def __init__(self, digits, noise):
         self.digits, self.noise = digits, noise
         self.prompt_length = 2 * digits + 2

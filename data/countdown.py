@@ -11,7 +11,7 @@ import functools
 import re
 from itertools import combinations
 
-from data import Problem, input_error
+from data import Problem, Task, input_error, load_problems
 from data.expression import evaluate
 
 LARGEST = 99                                                  # of results
@@ -50,8 +50,8 @@ def ways(numbers):
     return {value: sorted(texts) for value, texts in sorted(found.items())}
 
 
-class Countdown:
-    name, safe = "countdown", True
+class Countdown(Task):
+    draws, loads = True, False
 
     def __init__(self, digits, noise):
         if not 2 <= digits <= 4:
@@ -67,6 +67,12 @@ class Countdown:
             if reached:
                 target = list(reached)[rng.integers(len(reached))]
                 return Problem(f"{','.join(map(str, numbers))}={target}:", reached[target][0].partition("#")[2])
+
+    def load(self, path=""):
+        problems = load_problems(path)
+        for p in problems:
+            parse(p.prompt)                                   # the answer may be any: many ways lead there
+        return problems
 
     def prompt(self, question):
         """The problem in words, for a model that reads."""

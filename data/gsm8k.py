@@ -9,7 +9,7 @@ and only if it stands there alone but for its unit. "3 or 4", 5+3 and a "#### St
 import re
 from fractions import Fraction
 
-from data import load_real
+from data import Task, load_real
 from data.math_answers import last_boxed
 
 LONGEST, MOST_DIGITS = 100, 30                                  # characters of an answer, digits in a row
@@ -68,8 +68,8 @@ def behind_hashes(key, text):
     return said
 
 
-class GSM8K:
-    name, safe = "gsm8k", True
+class GSM8K(Task):
+    name = "gsm8k"
 
     def load(self, path=""):
         """Problems of a JSON Lines file, as OpenAI publishes it or in this program's own form; each answer a number."""

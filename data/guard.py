@@ -36,7 +36,7 @@ class Guard:
         self.task, self.seconds, self.say, self.told = task, seconds, say, set()
         self.children = queue.Queue()
         self.workers = workers or min(4, os.cpu_count() or 1)
-        if not getattr(task, "safe", True):
+        if not task.safe:
             first = Child(task.name, seconds)
             self.children.put(first.start())            # what cannot begin (a missing package, say) is an error here and now
             for _ in range(self.workers - 1):
@@ -44,7 +44,7 @@ class Guard:
 
     def rewards(self, pairs):
         """[(problem, text)] -> a reward each, in their order."""
-        if getattr(self.task, "safe", True):
+        if self.task.safe:
             out = [self._inline(problem, text) for problem, text in pairs]
         else:
             with ThreadPoolExecutor(self.workers) as pool:
@@ -183,7 +183,7 @@ def serve(name, seconds):
         os._exit(0)                                                  # the parent is gone
     try:
         task = make_task(name)
-        getattr(task, "prepare", lambda: None)()
+        task.prepare()
     except Exception as e:
         return tell(str(e) or type(e).__name__)
     more = limit(seconds)

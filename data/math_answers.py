@@ -16,7 +16,7 @@ import functools
 import logging
 import re
 
-from data import input_error, load_real
+from data import Task, input_error, load_real
 
 LONGEST, MOST_DIGITS, DEEPEST, LARGEST_POWER, LARGEST_EXPANSION = 500, 30, 8, 10_000, 30
 
@@ -180,7 +180,7 @@ def in_box(key, text):
     return answer
 
 
-class Math:
+class Math(Task):
     name, safe = "math", False
 
     def load(self, path=""):

@@ -1,9 +1,10 @@
 """Reversal of a string of `digits` letters: `stone=` -> `enots`. The smallest task, and the pattern for one of your own."""
 
-from data import Problem
+from data import Problem, Task
 
 
-class Reverse:
+class Reverse(Task):
+    draws, loads = True, False
     letters = "abcdefghijklmnopqrstuvwxyz"
 
     def __init__(self, digits, noise):

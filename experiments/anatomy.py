@@ -1,4 +1,6 @@
-"""Where do the numbers of one training step lie, and which formats reach them? `python precision.py` ends up here.
+"""Where do the numbers of one training step lie, and which formats reach them?
+
+    python -m experiments.anatomy
 
 One RL step of the default job, rollout and all, in FP32; every weight, activation and gradient that a half-precision run
 would round is looked at through Numerics.spy, and sorted by how each format would treat it.
@@ -9,12 +11,12 @@ import torch
 
 from algorithms import centred
 from data import draw_problems, stream
-from data.base import find_base, gpt_config
-from data.env import make_env
+from run.base import find_base, gpt_config
+from run.base import load_task
 from model import GPT
 from precision import Numerics, make_scaler, parse_format
 from sample import Sampler
-from train_rl import Config, accumulate_gradient, collect
+from train_rl import Batch, Config, collect, learn
 
 SHOWN = ("fp32", "tf32", "bf16", "fp16", "e5m2", "e4m3")
 LANDED = SHOWN[2:]                      # fp32 and tf32 have the range of bf16
@@ -37,8 +39,8 @@ def bits_and_range():
 
 def collect_step(scale):
     """Every number of one step, magnitudes in FP32 vectors under "weights", "activations" and "gradients" (of loss * scale)."""
-    cfg = Config(prompts=4)
-    env = make_env(cfg)
+    cfg = Config(preset="cpu", prompts=4)
+    env = load_task(cfg)
     model = find_base(cfg, torch.device("cpu"))[0]
     trained = model is not None
     model = model or GPT(gpt_config(cfg, env))
@@ -47,16 +49,10 @@ def collect_step(scale):
     if rewards.std() == 0:                                              # an untrained model is never right: pretend
         rewards = (torch.arange(rewards.numel()) % 2).float().view_as(rewards)
     seen = {"forward": [], "backward": []}
-    model.num.spy = lambda where, kind, x: seen[kind].append(x.abs().flatten().clone())
+    model.num.spy = lambda kind, where, x, raw: seen[kind].append(x.abs().flatten().clone())
     scaler = make_scaler(Numerics("fp16"), scale)
-    accumulate_gradient(
-        model,
-        rollout,
-        centred(rewards).flatten(),
-        dataclasses.replace(cfg, micro_batch=64),
-        scaler,
-        env.answer_length,
-    )
+    batch = Batch(rollout, advantage=centred(rewards).flatten())
+    learn(model, batch, dataclasses.replace(cfg, micro_batch=64), scaler, env.answer_length)
     return {
         "weights": torch.cat([p.detach().abs().flatten() for p in model.parameters()]),
         "activations": torch.cat(seen["forward"]),

@@ -1,17 +1,25 @@
-"""How fast is the default job, and how fast could this machine be? `python train_rl.py --bench` ends up here."""
+"""How fast is a job, and how fast could this machine be?
+
+    python -m experiments.bench                       # the default job; takes the flags of train_rl.py
+"""
 import json
 import time
 
 import numpy as np
 import torch
 
-from data import make_task, stream
-from data.base import gpt_config
-from fast import numerics
+from data import stream
+from data.tokenizer import encode
 from model import GPT
-from precision import make_scaler, pick_device
-from sample import Sampler, encode, peak_memory
-from train_rl import accumulate_gradient, apply_gradient, say
+from operators import numerics
+from operators.device import pick_device
+from precision import make_scaler
+from run.base import gpt_config, load_task
+from run.console import run_main
+from run.lines import say
+from run.memory import peak_memory
+from sample import Sampler
+from train_rl import Batch, learn, parse_config, update
 
 
 def gemm_peak(device, num):
@@ -38,8 +46,8 @@ def bench(cfg):
     """Rollout and training apart, on this job's shapes with random weights, no answer stopping early; the formats take turns
     in one run, and so does the machine's own GEMM peak, so that a slow minute hits all of them."""
     device = pick_device(cfg.device)
-    task = make_task(cfg.task, cfg.digits, cfg.noise)
-    model = GPT(gpt_config(cfg, task), device)
+    env = load_task(cfg)
+    task, model = env.task, GPT(gpt_config(cfg, env), device)
     new, rows = task.answer_length, cfg.prompts * cfg.group
     formats = list(dict.fromkeys(("fp32", cfg.train_format)))
     nums = {f: numerics(f, device, cfg.fast, cfg.exact).hold(model.parameters()) for f in formats}
@@ -73,8 +81,8 @@ def bench(cfg):
             rollout = sampler.generate(prompts, cfg.group, new, seed=turn)
             sync()
             t1 = time.perf_counter()
-            accumulate_gradient(model, rollout, advantage, cfg, scaler, new)
-            apply_gradient(model, optimizer, scaler, cfg, 0.0)
+            learn(model, Batch(rollout, advantage=advantage), cfg, scaler, new)
+            update(model, optimizer, scaler, 0.0)
             nums[f].refresh()
             sync()
             times[f].append((t1 - t0, time.perf_counter() - t1))
@@ -119,3 +127,7 @@ def bench(cfg):
         )
     )
     return 0
+
+
+if __name__ == "__main__":
+    run_main(lambda: bench(parse_config()[0]))

@@ -21,15 +21,17 @@ import sys
 import numpy as np
 import torch
 
-from algorithms import ALGORITHMS, leave_one_out
+from algorithms import ALGORITHMS, PAPER, leave_one_out
 from data import draw_problems, stream
-from data.base import get_base
-from data.env import make_env
+from run.base import get_base
+from run.base import load_task
 from experiments.lab import GPU, LAB, QUICK, Lab
-from fast import numerics
-from precision import make_scaler, pick_device
-from sample import Sampler, run_main
-from train_rl import accumulate_gradient, collect, parse_config
+from operators import numerics
+from operators.device import pick_device
+from precision import make_scaler
+from run.console import run_main
+from sample import Sampler
+from train_rl import Batch, collect, learn, parse_config
 
 PAIRS = ("fp16/fp16", "bf16/bf16", "fp16/fp32", "bf16/fp32", "e8m5/fp32", "e8m2/fp32")
 NAMES = {"pg": ("pg", {}), "PG-Token-TIS": ("pg-token-tis", {}), "PG-Seq-IS": ("pg-seq-is", {}), "PG-Seq-TIS": ("pg-seq-tis", {}),
@@ -40,7 +42,7 @@ NAMES = {"pg": ("pg", {}), "PG-Token-TIS": ("pg-token-tis", {}), "PG-Seq-IS": ("
 def gradient(model, rollout, advantage, cfg, room):
     """-> the gradient as one FP32 vector, on the CPU. As an estimate of the reward's gradient, so upwards."""
     scaler = make_scaler(model.num)
-    accumulate_gradient(model, rollout, advantage, cfg, scaler, room)
+    learn(model, Batch(rollout, advantage=advantage), cfg, scaler, room)
     g = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
     model.zero_grad(set_to_none=True)
     return -(g / scaler.get_scale()).cpu()
@@ -72,8 +74,8 @@ class Moments:
 def measure(lab, seed, pairs, batches):
     size = lab.pick(LAB, QUICK, GPU)
     cfg = parse_config([*lab.device(), *size, "--seed", str(seed)])[0]
-    device, env = pick_device(cfg.device), make_env(cfg)
-    model = get_base(cfg, device)
+    device, env = pick_device(cfg.device), load_task(cfg)
+    model = get_base(cfg, device, env)
     nums = {f: numerics(f, device, cfg.fast).hold(model.parameters()) for f in {"fp32", *"/".join(pairs).split("/")}}
     sampler, out, true = Sampler(model, fast=cfg.fast), {}, Moments()
     for batch in range(batches):
@@ -94,7 +96,7 @@ def measure(lab, seed, pairs, batches):
             fmt, training = pair.split("/")
             answers = act(fmt)
             for name, (algo, kw) in NAMES.items():
-                settings = dataclasses.replace(cfg, algo=algo, **{**ALGORITHMS[algo].settings, **kw})
+                settings = dataclasses.replace(cfg, **{"algo": algo} | {**ALGORITHMS[PAPER.get(algo, {}).get("algo", algo)].settings, **PAPER.get(algo, {}), **kw})
                 g = gradient(model.use(nums[training]), *answers, settings, env.answer_length)
                 out.setdefault(f"{name} {pair}", Moments()).add(g, reference)
     scale = true.norm2()

@@ -18,7 +18,7 @@ import sys
 import numpy as np
 
 from experiments.lab import GPU, LAB, QUICK, Job, Lab, best, collapsed, formats, last, summary
-from sample import run_main
+from run.console import run_main
 
 GRPO = "--old-policy recomputed"
 SETTINGS = {
@@ -31,7 +31,7 @@ SETTINGS = {
     "6 digits, 60 tokens": GRPO + " --digits 6 --noise 0.06 --base-steps 2000 --steps 60",
     "12 layers": GRPO + " --n-layers 12 --base-lr 2e-3 --steps 60",
     "temperature 1.5": GRPO + " --temperature 1.5 --steps 100",
-    "hard problems (5 to 40 %)": GRPO + " --noise 0.5 --pool 512 --keep-from 0.05 --keep-to 0.4 --steps 100 --lr 3e-4",
+    "hard problems (5 to 40 %)": GRPO + " --noise 0.5 --pool 512 --keep 0.05 0.4 --steps 100 --lr 3e-4",
 }
 MODES = ("fp16", "bf16", "fp32/fp16", "fp32/bf16")
 

@@ -15,10 +15,11 @@ import numpy as np
 
 from experiments.lab import GPU, LAB, QUICK, Job, Lab, formats, last, paired, summary
 from experiments.mismatch import random, spread_e, trained
-from fast import numerics
+from operators import numerics
 from precision import mismatch
-from sample import Sampler, run_main
-from train_rl import score
+from run.console import run_main
+from sample import Sampler
+from train_rl import Batch, score
 
 BITS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 18, 20, 23)
 SHORT = (1, 2, 3, 5, 7, 10)
@@ -41,7 +42,7 @@ def static(lab, seed):
                 rollout = Sampler(model.use(num), stop=stop, fast=cfg.fast).generate(prompts, group, new, seed=(seed, 51))
                 where, lengths = rollout.is_answer, rollout.length - rollout.prompt_length
                 for kind, train in (("train fp32", fp32), ("train the same", num)):
-                    logp = score(model.use(train), rollout, cfg)
+                    logp = score(model.use(train), Batch(rollout), cfg)
                     m = mismatch(rollout.logp[where], logp[where], lengths)
                     rows.append(dict(model=name, kind=kind, exp=exp, man=man, seed=seed, gap=m["logp_gap_mean"], kl=m["kl_k3"]))
     return rows

@@ -22,7 +22,7 @@ import numpy as np
 
 from experiments.lab import QUICK, Job, Lab, formats, paired, summary
 from precision import parse_format
-from sample import ranged, run_main
+from run.console import ranged, run_main
 
 COLORS = {"fp32": "black", "bf16": "C3", "fp16": "C0", "bf16/fp32": "C1"}
 

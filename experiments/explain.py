@@ -1,108 +1,26 @@
-"""Where does the first bit differ between rollout and training, and how does it grow? `python precision.py --explain`.
+"""Where does the first bit differ between rollout and training, and how does it grow?
 
-The same tokens go through the same model twice: token by token behind a cache, as a rollout does, and all at once, as training
-does. Every operator's numbers are compared bit by bit, before and after they are rounded to the format, in ordinary and in
-exact mode. On a CPU it is torch's operators that are watched (--no-fast): the compiled ones add up products in one order
-already, and differ by attention alone.
+    python -m experiments.explain
+
+The same tokens go through the same model twice: token by token after a cache, as a rollout does, and all
+at once, as training does. Every operator's numbers are compared bit by bit, before and after they are
+rounded to the format, in ordinary and in exact mode. It is the plain operators that are watched: compiled
+ones add up products in one order already, and differ by attention alone.
 """
-import dataclasses
-
 import torch
 
-from data import draw_problems, make_task, stream
-from data.base import find_base, gpt_config
-from fast import numerics
+from data import draw_problems, stream
+from data.tokenizer import encode
 from model import GPT, KVCache
-from precision import mismatch, pick_device
-from sample import Sampler, encode
+from operators import numerics
+from operators.device import pick_device
+from precision import mismatch
+from run.base import find_base, gpt_config, load_task
+from run.checks import compare
+from sample import Sampler
 from train_rl import Config
 
 FORMATS = ("fp32", "bf16", "fp16")
-LINEAR = ("qkv product", "out product", "gate product", "down product")     # in the order of model.Block
-NAMES = {"_RMSNorm": "norm", "_Rope": "rope", "_Attention": "attention", "_Add": "residual sum", "_SwiGLU": "swiglu"}
-
-
-@dataclasses.dataclass
-class Operator:
-    """What one operator gave in both passes, a position a row."""
-    where: str
-    name: str
-    full: torch.Tensor             # (B T, numbers), rounded to the format
-    cached: torch.Tensor
-    full_raw: torch.Tensor | None  # FP32, before rounding; None where the hardware rounds as it writes
-    cached_raw: torch.Tensor | None
-
-    @property
-    def differ(self):
-        return float((self.full != self.cached).float().mean())
-
-    @property
-    def differ_raw(self):
-        return None if self.full_raw is None else float((self.full_raw != self.cached_raw).float().mean())
-
-    @property
-    def size(self):
-        """Root mean square of the differences, relative to that of the numbers."""
-        return float((self.full - self.cached).square().mean().sqrt() / self.full.square().mean().sqrt().clamp(min=1e-30))
-
-
-def watch(model, run):
-    """Do run() and return what each operator gave: [(where, operator's class name, rounded, raw or None)]."""
-    num, seen, raw = model.num, [], []
-    emulating = type(num)._out                                     # rounding happens at the end of `_out`, if it is emulated
-
-    def out(x, kind="forward", where=None):
-        raw[:] = [x.float().clone()] if num.dtype == torch.float32 else []
-        return emulating(num, x, kind, where)
-    num._out = out
-    num.spy = lambda where, kind, x: seen.append((where, num.operator, x.float().clone(), raw.pop() if raw else None))
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        num.spy = None
-        del num._out
-    return seen
-
-
-def compare(model, tokens, start, alone=False):
-    """tokens (B, T) through model.num, a token at a time behind the first `start`, and all at once -> [Operator], in order.
-    alone: all at once means the first row by itself, and that row is compared: does it depend on the company it was in?"""
-    B, T = tokens.shape
-    shown = slice(0, 1 if alone else B)
-    full = watch(model, lambda: model(tokens[shown]))
-    cache = KVCache(model.cfg, B, T, model.num)
-    steps = [watch(model, lambda: model(tokens[:, :start], cache))]
-    for t in range(start, T):
-        steps.append(watch(model, lambda t=t: model(tokens[:, t:t + 1], cache)))
-
-    def rows(x, kind):                                             # attention and rope lay out (B, heads, T, D)
-        x = x.transpose(1, 2) if "Attention" in kind or "Rope" in kind else x
-        return x[shown].flatten(2)
-    found, products = [], 0
-    for i, (where, kind, x, raw) in enumerate(full):
-        name = NAMES.get(kind.replace("Exact", ""), kind)
-        if kind == "_Linear":
-            name = LINEAR[products % 4]
-            products += 1
-        if kind == "_Rope":
-            name += " (q)" if full[i - 1][1] != "_Rope" else " (k)"
-        cached = [torch.cat([rows(s[i][j], kind) for s in steps], 1).flatten(0, 1) if full[i][j] is not None else None
-                  for j in (2, 3)]
-        whole = [None if t is None else rows(t, kind).flatten(0, 1) for t in (x, raw)]
-        found.append(Operator(where, name, whole[0], cached[0], whole[1], cached[1]))
-    return found
-
-
-def first_difference(model, tokens, start):
-    """In words: the first operator whose numbers differ between a cached and a full pass over tokens (B, T), the first row being
-    one that was found to differ."""
-    for alone in (True, False):
-        for op in compare(model, tokens, start, alone):
-            if not op.differ == 0:
-                return (f"{op.where}, {op.name}: {op.differ:.2%} of its numbers differ, the largest by "
-                        f"{float((op.full - op.cached).abs().max()):.1e}")
-    return f"not found again with {len(tokens)} rows: it is in the head, or takes the company of all rows"
 
 
 def bits(x):
@@ -111,13 +29,13 @@ def bits(x):
 
 def subject(device):
     """(model with the default job's base if it is in the cache, tokens (3, T), length of the prompts, whether it is trained)."""
-    cfg = Config()
-    task = make_task(cfg.task, cfg.digits, cfg.noise)
+    cfg = Config(preset="cpu")
+    env = load_task(cfg)
     model = find_base(cfg, device)[0]
     trained = model is not None
-    model = model or GPT(gpt_config(cfg, task), device)
+    model = model or GPT(gpt_config(cfg, env), device)
     model.use(numerics("fp32", device, fast=False).hold(model.parameters()))
-    problems = draw_problems(task, 3, stream(0, 11))
+    problems = draw_problems(env.task, 3, stream(0, 11))
     rollout = Sampler(model, stop=-1, fast=False).generate([encode(p.prompt) for p in problems], 1, 28, seed=3)
     return model, rollout.tokens, int(rollout.prompt_length[0]), trained
 

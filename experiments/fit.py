@@ -17,8 +17,10 @@ import numpy as np
 import torch
 
 from experiments.lab import ROOT, Lab
+from data.tokenizer import TOKENIZER
 from model import GPT, GPTConfig
-from sample import TOKENIZER, peak_memory, run_main
+from run.console import run_main
+from run.memory import peak_memory
 
 SHAPES = {
     "0.5B": dict(vocab_size=151_936, n_layers=24, width=896, n_heads=14, n_kv_heads=2, mlp_width=4864),
@@ -40,8 +42,7 @@ def child(folder, flags):
     from data.env import Env
     rng = np.random.default_rng(0)
     Env.rewards = lambda self, problems, rollout: rng.integers(0, 2, len(rollout.length)).astype(float).tolist()
-    args = ["--model", folder, "--task", str(ROOT / "data" / "example_task.py"), "--heldout", "0", "--steps", "2", "--no-plot",
-            "--out", f"{folder}/run", *flags]
+    args = ["--model", folder, "--task", str(ROOT / "data" / "example_task.py"), "--heldout", "0", "--steps", "2", "--out", f"{folder}/run", *flags]
     train_rl.main(args)
     device = torch.device("cuda" if torch.cuda.is_available() and "cpu" not in flags else "cpu")
     steps = [json.loads(x) for x in open(f"{folder}/run/metrics.jsonl", encoding="utf-8")]

@@ -26,17 +26,20 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sample import Parser, ranged
+from operators.device import pick_device
+from run.base import find_base
+from run.console import Parser, ranged
+from train_rl import parse_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # The job of most experiments: sums of two digits with 22 tokens of working, a model of 0.13 M parameters, four updates a batch
 # as in the paper, a constant learning rate. 100 steps take half a minute on one core, and in FP32 it comes to 98 %.
-LAB = ("--digits 2 --noise 0.2 --n-layers 2 --width 64 --mlp-width 192 --base-steps 600 --base-batch 64 --base-lr 4e-3 "
+LAB = ("--digits 2 --noise 0.2 --n-layers 2 --width 64 --base-steps 600 --base-batch 64 --base-lr 4e-3 "
        "--heldout 0 --prompts 32 --updates-per-batch 4 --lr 1e-4 --lr-schedule constant").split()
 # The same for a GPU, 60 tokens of working and 3 M parameters: a guess of what ten minutes hold, not yet run on one.
-GPU = ("--digits 6 --noise 0.08 --n-layers 4 --width 256 --n-heads 4 --n-kv-heads 2 --mlp-width 704 --base-steps 1000 "
+GPU = ("--digits 6 --noise 0.08 --n-layers 4 --width 256 --base-steps 1000 "
        "--base-batch 128 --base-lr 1e-3 --heldout 0 --prompts 32 --updates-per-batch 4 --lr 1e-4 --lr-schedule constant").split()
-QUICK = ("--digits 1 --noise 0.3 --n-layers 2 --width 64 --mlp-width 192 --base-steps 300 --base-batch 64 --base-lr 4e-3 "
+QUICK = ("--digits 1 --noise 0.3 --n-layers 2 --width 64 --base-steps 300 --base-batch 64 --base-lr 4e-3 "
          "--pool 70 --prompts 16 --lr 1e-3").split()
 CURVES = ("accuracy", "kl_k3", "logp_gap_mean", "logp_gap_max", "seq_kl", "entropy", "grad_norm", "kept_share", "clipped_share",
           "weight_sd", "exact_share", "skipped_steps", "loss_scale", "tokens", "t_rollout", "t_train", "route_flips")
@@ -55,13 +58,13 @@ def formats(mode):
     """Flags of a mode: "bf16", "bf16 exact", or "bf16/fp32", rollout first."""
     pair, *exact = mode.split()
     rollout, _, training = pair.partition("/")
-    return ["--rollout-precision", rollout, "--train-precision", training or rollout, *(["--exact"] if exact else [])]
+    return ["--precision", training or rollout, "--rollout-precision", rollout, *(["--exact"] if exact else [])]
 
 
 def sources():
     """A hash of everything that a run's numbers come from."""
     h = hashlib.sha256()
-    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("fast/*.py"), *ROOT.glob("fast/*.c")]):
+    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("run/*.py"), *ROOT.glob("operators/*.*")]):
         h.update(path.read_bytes())
     return h.hexdigest()[:16]
 
@@ -80,7 +83,7 @@ def run(job, folder, about):
     path.mkdir(parents=True)
     env = {**os.environ, "OMP_NUM_THREADS": str(job.threads), "MKL_NUM_THREADS": str(job.threads), **dict(job.env)}
     with open(path / "log.txt", "w", encoding="utf-8") as log:
-        child = subprocess.Popen([sys.executable, *command, "--no-plot", "--save-every", "1000000", "--out", str(path / "run")],
+        child = subprocess.Popen([sys.executable, *command, "--save-every", "1000000", "--out", str(path / "run")],
                                  cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
         peak = wait(child)
     out = dict(name=job.name, seed=job.seed, threads=job.threads, command=command, sources=about, wall=time.time() - begin,
@@ -121,13 +124,10 @@ def wait(child):
 def sweep(jobs, folder, workers):
     """Records in the order of the jobs, with a line and the time to go after each. What makes a base model comes first: two
     processes that make the same one would do it twice."""
-    from data.base import find_base
-    from precision import pick_device
-    from train_rl import parse_config
     makers, about = {}, sources()
     for job in jobs:
         cfg = parse_config(["--seed", str(job.seed), *job.flags])[0]
-        found, path, _ = find_base(cfg, pick_device(cfg.device), lambda text: None)
+        found, path, _ = find_base(cfg, pick_device(cfg.device))
         if found is None or not list(path.parent.glob("solved-*")):
             makers.setdefault(path, job)
     first = set(makers.values())

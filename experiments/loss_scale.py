@@ -15,13 +15,15 @@ import torch
 
 from algorithms import centred
 from data import draw_problems, stream
-from data.base import get_base
-from data.env import make_env
+from run.base import get_base
+from run.base import load_task
 from experiments.lab import GPU, LAB, QUICK, Job, Lab, band, paired, spread, summary
-from fast import numerics
-from precision import make_scaler, parse_format, pick_device
-from sample import Sampler, run_main
-from train_rl import accumulate_gradient, collect, parse_config
+from operators import numerics
+from operators.device import pick_device
+from precision import make_scaler, parse_format
+from run.console import run_main
+from sample import Sampler
+from train_rl import Batch, collect, learn, parse_config
 
 LOW, HIGH = -80, 20                                             # exponents of 2 that are told apart
 SCALES = (0, 4, 8, 16)
@@ -29,21 +31,22 @@ SCALES = (0, 4, 8, 16)
 
 def exponents(cfg, seed):
     """Counts of floor(log2 |x|) from LOW on, over the gradients of all activations of one step; the first place counts zeros."""
-    device, env = pick_device(cfg.device), make_env(cfg)
+    device, env = pick_device(cfg.device), load_task(cfg)
     model = get_base(cfg, device)
-    num = numerics("fp32", device, fast=False)                  # the compiled block does not show what is within
+    num = numerics("fp32", device)
     model.use(num.hold(model.parameters()))
     problems = draw_problems(env.task, cfg.prompts, stream(seed, 40))
-    rollout, rewards = collect(Sampler(model, fast=False), env, problems, cfg, (seed, 41))
+    rollout, rewards = collect(Sampler(model), env, problems, cfg, (seed, 41))
     counts = np.zeros(HIGH - LOW + 1, dtype=np.int64)           # the first place counts zeros
 
-    def spy(where, kind, x):
+    def spy(kind, where, x, raw):
         if kind == "backward":
             e = torch.where(x == 0, LOW - 1.0, x.abs().log2().floor().clamp(LOW, HIGH - 1)).long() - LOW + 1
             counts[:] += torch.bincount(e.flatten(), minlength=len(counts)).cpu().numpy()
     num.spy = spy
     rows = torch.arange(len(rollout.length), device=device).chunk(cfg.updates_per_batch)[0]      # one update's, as a run has
-    accumulate_gradient(model, rollout, centred(rewards).flatten().to(device), cfg, make_scaler(num), env.answer_length, rows)
+    batch = Batch(rollout, advantage=centred(rewards).flatten())
+    learn(model, batch, cfg, make_scaler(num), env.answer_length, rows=rows)
     return counts
 
 

@@ -15,17 +15,20 @@ import numpy as np
 import torch
 
 from data import draw_problems, make_task, stream
-from data.base import get_base
+from run.base import get_base
 from experiments.lab import GPU, Lab, spread
-from fast import numerics
+from operators import numerics
 from model import GPT, GPTConfig
-from precision import mismatch, pick_device
-from sample import Sampler, encode, run_main
-from train_rl import parse_config, score
+from operators.device import pick_device
+from precision import mismatch
+from run.console import run_main
+from data.tokenizer import encode
+from sample import Sampler
+from train_rl import Batch, parse_config, score
 
 FORMATS = ("fp32", "bf16", "fp16")
 TRAINED = "--digits 4 --noise 0.1 --base-steps 500 --base-batch 64".split()
-QUICK = "--digits 1 --noise 0.3 --n-layers 2 --width 64 --mlp-width 192 --base-steps 300 --base-batch 64 --base-lr 4e-3".split()
+QUICK = "--digits 1 --noise 0.3 --n-layers 2 --width 64 --base-steps 300 --base-batch 64 --base-lr 4e-3".split()
 
 
 def trained(lab, seed, size, n):
@@ -33,7 +36,7 @@ def trained(lab, seed, size, n):
     cfg = parse_config([*lab.device(), *size, "--seed", str(seed)])[0]
     device, task = pick_device(cfg.device), make_task(cfg.task, cfg.digits, cfg.noise)
     prompts = [encode(p.prompt) for p in draw_problems(task, n, stream(seed, 20))]
-    return get_base(cfg, device, lambda text: None), prompts, task.answer_length, 256, cfg
+    return get_base(cfg, device), prompts, task.answer_length, 256, cfg
 
 
 def random(lab, seed):
@@ -63,7 +66,7 @@ def measure(model, prompts, new, stop, cfg, seed, group):
         rollout = Sampler(model.use(num), stop=stop, fast=cfg.fast).generate(prompts, group, new, seed=(seed, 21))
         for b in [b for a, b, e in pairs if (a, e) == rollout_format]:
             train = num if b == fmt else numerics(b, device, cfg.fast, exact).hold(model.parameters())
-            logp = score(model.use(train), rollout, cfg)
+            logp = score(model.use(train), Batch(rollout), cfg)
             where, lengths = rollout.is_answer, rollout.length - rollout.prompt_length
             m = mismatch(rollout.logp[where], logp[where], lengths)
             ratio = ((logp - rollout.logp).double() * where).cumsum(1)                       # log pi - log mu, so far

@@ -16,12 +16,14 @@ import sys
 import torch
 
 from data import draw_problems, make_task, stream
-from data.base import find_base, get_base, gpt_config
+from run.base import load_task, find_base, get_base, gpt_config
 from experiments.lab import GPU, LAB, QUICK, Job, Lab, band, summary
-from fast import numerics
+from operators import numerics
 from model import save_checkpoint
-from precision import parse_format, pick_device
-from sample import encode, run_main
+from operators.device import pick_device
+from precision import parse_format
+from run.console import run_main
+from data.tokenizer import encode
 from train_rl import parse_config
 
 
@@ -34,12 +36,11 @@ def grown(lab, cfg, k):
         for name, p in model.named_parameters():
             if name == "embedding" or name.endswith((".proj", ".down")):
                 p *= 2.0 ** k
-    save_checkpoint(cache / path.parent.name / path.name, model, config=dataclasses.asdict(gpt_config(cfg, make_task(
-        cfg.task, cfg.digits, cfg.noise))))
-    for library in path.parent.parent.glob("*.so"):                          # compiled operators need not be compiled again
+    save_checkpoint(cache / path.parent.name / path.name, model, config=dataclasses.asdict(gpt_config(cfg, load_task(cfg))))
+    for library in [*path.parent.parent.glob("*.so"), *path.parent.parent.glob("*.sha256")]:                          # compiled operators need not be compiled again
         shutil.copy(library, cache)
-    num, largest = numerics("fp32", device, fast=False), [0.0]
-    num.spy = lambda where, kind, x: largest.append(float(x.abs().max()))
+    num, largest = numerics("fp32", device), [0.0]
+    num.spy = lambda kind, where, x, raw: largest.append(float(x.abs().max()))
     tokens = [encode(p.prompt) for p in draw_problems(make_task(cfg.task, cfg.digits, cfg.noise), 1, stream(0))]
     with torch.no_grad():
         model.use(num.hold(model.parameters()))(torch.tensor(tokens, device=device))
@@ -52,7 +53,7 @@ def main(argv=None):
                     [*GPU, "--steps", "40"])
     cases = {"fp16": [], "fp16, first scale 2^32": ["--init-scale", str(2.0 ** 32)], "fp16, residual stream x 2^8": 8,
              "fp16, residual stream x 2^16": 16, "bf16, residual stream x 2^16": 16,
-             "fp16, training in e3m10": ["--train-precision", "e3m10"], "fp16, learning rate 0.3": ["--lr", "0.3"]}
+             "fp16, training in e3m10": ["--precision", "e3m10", "--rollout-precision", "fp16"], "fp16, learning rate 0.3": ["--lr", "0.3"]}
     if lab.quick:
         cases = {k: v for k, v in cases.items() if "2^" in k and "2^8" not in k and "bf16" not in k}
     jobs, largest = [], {}

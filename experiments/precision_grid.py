@@ -11,7 +11,7 @@ GPU. Writes results/precision_grid.json and .png.
 import sys
 
 from experiments.lab import GPU, LAB, QUICK, Job, Lab, band, formats, number, paired, summary
-from sample import run_main
+from run.console import run_main
 
 FORMATS = ("fp32", "fp16", "bf16", "e8m2")
 

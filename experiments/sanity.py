@@ -14,7 +14,7 @@ results/sanity.json and .png.
 import sys
 
 from experiments.lab import GPU, LAB, QUICK, Job, Lab, band, collapsed, formats, number, paired, spread, summary
-from sample import run_main
+from run.console import run_main
 
 # as the paper names them: flags. GRPO is the paper's own baseline: the ratio forgets the sampler.
 ALGORITHMS = {

@@ -13,7 +13,7 @@ import tempfile
 import numpy as np
 
 from experiments.lab import QUICK, Job, Lab, spread
-from sample import run_main
+from run.console import run_main
 
 
 def main(argv=None):

@@ -26,11 +26,15 @@ import torch
 
 from algorithms import centred
 from experiments.bench import gemm_peak
-from fast import library, numerics
 from model import GPT, GPTConfig
-from precision import InputError, make_scaler, pick_device
-from sample import Parser, Sampler, peak_memory, ranged, run_main
-from train_rl import Config, accumulate_gradient, apply_gradient, say
+from operators import numerics, why_plain
+from operators.device import pick_device
+from precision import InputError, make_scaler
+from run.console import Parser, ranged, run_main
+from run.lines import say
+from run.memory import peak_memory
+from sample import Sampler
+from train_rl import Batch, Config, learn, update
 
 
 @dataclass(frozen=True)
@@ -235,9 +239,9 @@ class Own:
         # no group is skipped for want of a signal: every answer goes forward and back, as in the peer
         advantage = torch.where(advantage == 0, 0.1, advantage)
         mark()
-        accumulate_gradient(self.model, out, advantage, self.cfg, self.scaler, self.size.new)
+        learn(self.model, Batch(out, advantage=advantage), self.cfg, self.scaler, self.size.new)
         mark()
-        apply_gradient(self.model, self.optimizer, self.scaler, self.cfg, 1e-6)
+        update(self.model, self.optimizer, self.scaler, 1e-6)
         self.num.refresh()
         mark()
         self.split.append(np.diff(marks))
@@ -555,8 +559,8 @@ def main(argv=None):
     missing = set()
     if device.type == "cpu":
         missing.add("no GPU: no rows of CUDA")
-        if not library()[0]:
-            missing.add(f"no compiled operators: {library()[1]}")
+        if why_plain(device):
+            missing.add(f"no compiled operators: {why_plain(device)}")
     table = sizes(device.type == "cuda")
     chosen = a.sizes or [n for n in table]
     report = dict(

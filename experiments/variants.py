@@ -14,9 +14,9 @@ import sys
 import numpy as np
 
 from experiments.lab import GPU, LAB, QUICK, Job, Lab, band, formats, middle, number, paired, summary
-from sample import run_main
+from run.console import run_main
 
-EXPERTS = "--n-experts 8 --experts-per-token 2 --expert-width 96"
+EXPERTS = "--n-experts 8"
 VARIANTS = {
     "all weights": "",
     "LoRA, rank 1": "--lora-rank 1 --lr 3e-3",

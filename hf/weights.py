@@ -18,9 +18,9 @@ import shutil
 
 import torch
 
-from model import GPT, GPTConfig
+from data.tokenizer import PAD, STOP, TOKENIZER
+from model import GPT, Adapter, GPTConfig
 from precision import InputError, Numerics
-from sample import PAD, STOP, TOKENIZER
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
                    "merges.txt", "generation_config.json", "chat_template.jinja", "chat_template.json", "LICENSE")
@@ -51,6 +51,13 @@ def read_json(path):
     if not isinstance(data, dict):
         raise InputError(f"{path} holds no JSON object")
     return data
+
+
+def folder_of(folder):
+    """The folder, if a checkpoint is there."""
+    if not (pathlib.Path(folder) / "config.json").exists():
+        raise InputError(f"--model {folder}: no checkpoint's folder is there (config.json, *.safetensors, tokenizer.json)")
+    return folder
 
 
 def read_config(folder, context=None):
@@ -154,12 +161,12 @@ def tensors(model):
             yield f"{layer}.self_attn.q_norm.weight", b.q_norm
             yield f"{layer}.self_attn.k_norm.weight", b.k_norm
         yield f"{layer}.post_attention_layernorm.weight", b.norm2
-        if b.moe:
-            yield f"{layer}.mlp.gate.weight", b.router
+        if b.experts:
+            yield f"{layer}.mlp.gate.weight", b.experts.router
             for e in range(c.n_experts):
-                yield f"{layer}.mlp.experts.{e}.gate_proj.weight", b.gate_up[e, :c.expert_width]
-                yield f"{layer}.mlp.experts.{e}.up_proj.weight", b.gate_up[e, c.expert_width:]
-                yield f"{layer}.mlp.experts.{e}.down_proj.weight", b.down[e]
+                yield f"{layer}.mlp.experts.{e}.gate_proj.weight", b.experts.gate_up[e][:c.expert_width]
+                yield f"{layer}.mlp.experts.{e}.up_proj.weight", b.experts.gate_up[e][c.expert_width:]
+                yield f"{layer}.mlp.experts.{e}.down_proj.weight", b.experts.down[e]
     yield "model.norm.weight", model.norm
     if not c.tied_head:
         yield "lm_head.weight", model.head
@@ -335,7 +342,7 @@ def fingerprint(folder):
 # LoRA
 
 
-def save_adapter(folder, model, base, alpha, replace=False):
+def save_adapter(folder, model, base, replace=False):
     """The adapters in PEFT's format: PeftModel.from_pretrained(base model, folder) loads them. FP32, as they were trained."""
     found, targets, rank = {}, {}, 0
     for i, b in enumerate(model.blocks):
@@ -347,7 +354,7 @@ def save_adapter(folder, model, base, alpha, replace=False):
                 targets[name], rank = True, adapter.rank
     if not found:
         raise InputError("this model has no LoRA adapters")
-    config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base), r=rank, lora_alpha=alpha,
+    config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base), r=rank, lora_alpha=Adapter.scale * rank,
                   target_modules=list(targets), lora_dropout=0.0, bias="none", fan_in_fan_out=False, inference_mode=True,
                   init_lora_weights=True, modules_to_save=None, use_rslora=False, use_dora=False)
     with new_folder(folder, replace) as out:
@@ -365,7 +372,7 @@ def health(model, tokens):
     inf where it went beyond the format's end."""
     largest = {}
 
-    def spy(where, kind, x):
+    def spy(kind, where, x, raw):
         largest[where] = max(largest.get(where, 0.0), float(torch.nan_to_num(x.abs().max().float(), nan=math.inf)))
     num = model.num
     num.spy = spy

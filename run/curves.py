@@ -1,14 +1,19 @@
-"""curves.png of a run: is it learning, how large is the mismatch, is the loss scale calm, where does the time go.
+"""run/curves.py: curves.png of a run. Is it learning, how large is the mismatch, is the loss scale calm,
+where does the time go.
 
-    python -m experiments.curves out/run1          # draw it again from metrics.jsonl
+    python -m run.curves out/run1          # draw it again from metrics.jsonl
 """
 import json
 import pathlib
 import sys
 
+FEWEST = 10                             # steps that make a curve
+
 
 def draw(folder, history, formats):
     """history: the step objects of metrics.jsonl. Returns a line to print."""
+    if len(history) < FEWEST:
+        return f"no curves.png: {len(history)} steps are too few to draw"
     try:
         import matplotlib
     except ImportError:
@@ -37,7 +42,8 @@ def draw(folder, history, formats):
     line(scale, "loss_scale")
     scale.set(title="loss scale", xlabel="step")
     scale.set_yscale("log", base=2)
-    seconds.stackplot(x, [m["t_rollout"] for m in history], [m["t_train"] for m in history], labels=["rollout", "training"])
+    times = [[m[k] for m in history] for k in ("t_rollout", "t_train")]
+    seconds.stackplot(x, *times, labels=["rollout", "training"])
     seconds.set(title="time", xlabel="step", ylabel="seconds a step")
     for ax in (learning, gap, seconds):
         ax.legend(fontsize=8, **(dict(loc="lower center", ncols=2) if ax is gap else {}))
@@ -48,11 +54,8 @@ def draw(folder, history, formats):
 
 
 if __name__ == "__main__":
-    rows = [json.loads(line) for line in (pathlib.Path(sys.argv[1]) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    cfg = rows[0]["config"]
-    rollout, train = (cfg[k] or cfg["precision"] for k in ("rollout_precision", "train_precision"))
-    print(
-        draw(
-            sys.argv[1], [r for r in rows if "step" in r], f"rollout {rollout}, train {train}"
-        )
-    )
+    text = (pathlib.Path(sys.argv[1]) / "metrics.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    train = rows[0]["config"]["precision"]
+    rollout = rows[0]["config"]["rollout_precision"] or train
+    print(draw(sys.argv[1], [r for r in rows if "step" in r], f"rollout {rollout}, train {train}"))

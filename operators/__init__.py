@@ -1,0 +1,39 @@
+"""operators/: the operators of precision.py by other means, held to the plain ones by tests.
+
+    exact.py               rollout and training agree bit for bit
+    compiled.py, block.c   a whole block in one call, for a CPU with a C compiler
+    graph.py               a decoding step as a CUDA graph
+    device.py              the device, set up so that nothing is rounded elsewhere
+
+`numerics` is where the rest of the program comes in.
+"""
+import os
+import pathlib
+
+import torch
+
+from operators.exact import ExactNumerics
+from precision import Numerics
+
+
+# what is made once and kept: compiled code, base models, perfectible sets
+CACHE = pathlib.Path(os.environ.get("TENBIT_CACHE")
+                     or pathlib.Path(__file__).resolve().parent.parent / ".cache")
+
+
+def why_plain(device, fast=True):
+    """Why the plain operators are used in place of compiled ones; nothing where compiled ones are."""
+    if not fast or torch.device(device).type != "cpu":
+        return "not asked for"
+    from operators import compiled
+    return compiled.library(CACHE)[1] or compiled.why_plain()
+
+
+def numerics(fmt, device="cpu", fast=True, exact=False):
+    """Numerics of this format on this device, with compiled operators where there are some. exact:
+    rollout and training agree bit for bit."""
+    if why_plain(device, fast):
+        return (ExactNumerics if exact else Numerics)(fmt, device)
+    from operators import compiled
+    kind = compiled.CompiledExact if exact else compiled.Compiled
+    return kind(fmt, compiled.library(CACHE)[0])

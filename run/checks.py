@@ -1,0 +1,153 @@
+"""run/checks.py: what is looked at when numbers are not what they should be. Exact mode's self-test, the
+operator where the first bit differs between rollout and training, the layer where the first NaN is."""
+import math
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from model import KVCache
+from precision import InputError
+
+# An operator's name, in words; the products of a block in the order of model.Block
+NAMES = dict(embed="embedding", rms_norm="norm", rope="rope", attention="attention", add="residual sum",
+             swiglu="swiglu", mix="experts' sum", linear="product")
+PRODUCTS = "qkv product", "out product", "gate product", "down product"
+
+
+@dataclass
+class Operator:
+    """What one operator gave in both passes, a position a row."""
+    where: str
+    name: str
+    full: torch.Tensor             # (B T, numbers), rounded to the format
+    cached: torch.Tensor
+    full_raw: torch.Tensor | None  # FP32, before rounding; None where the hardware rounds as it writes
+    cached_raw: torch.Tensor | None
+
+    @property
+    def differ(self):
+        return float((self.full != self.cached).float().mean())
+
+    @property
+    def differ_raw(self):
+        return None if self.full_raw is None else float((self.full_raw != self.cached_raw).float().mean())
+
+    @property
+    def size(self):
+        """Root mean square of the differences, relative to that of the numbers."""
+        off, all_ = (x.square().mean().sqrt() for x in (self.full - self.cached, self.full))
+        return float(off / all_.clamp(min=1e-30))
+
+
+def watch(model, rows, run):
+    """Do run(), a pass over `rows` rows, and return what each operator gave: [(where, operator, rounded,
+    raw or None)], each (rows, T, numbers). What the experts do with some of the tokens is left out."""
+    num, seen = model.num, []
+
+    def spy(kind, where, x, raw):
+        frame = sys._getframe(1)
+        while frame.f_code.co_name not in NAMES:            # who called `down`?
+            frame = frame.f_back
+        name = frame.f_code.co_name
+        if x.dim() == 2 and name != "mix":
+            return
+        x, raw = (t.transpose(1, 2).flatten(2) if t.dim() == 4 else t.view(rows, -1, t.shape[-1])
+                  for t in (x, raw))
+        seen.append((where, name, x.float().clone(), raw.clone() if raw.dtype == torch.float32 else None))
+    num.spy = spy
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        num.spy = None
+    return seen
+
+
+def compare(model, tokens, start, alone=False):
+    """tokens (B, T) through model.num, a token at a time after the first `start`, and all at once ->
+    [Operator], in order. alone: all at once means the first row by itself, and that row is compared:
+    does it depend on the company it was in?"""
+    B, T = tokens.shape
+    shown = slice(0, 1 if alone else B)
+    full = watch(model, 1 if alone else B, lambda: model(tokens[shown]))
+    cache = KVCache(model.cfg, B, T, model.num)
+    steps = [watch(model, B, lambda: model(tokens[:, :start], cache))]
+    for t in range(start, T):
+        steps.append(watch(model, B, lambda t=t: model(tokens[:, t:t + 1], cache)))
+    found, products = [], 0
+    for i, (where, kind, *whole) in enumerate(full):
+        name = NAMES[kind]
+        if kind == "linear" and not any(b.lora or b.experts for b in model.blocks):
+            name, products = PRODUCTS[products % 4], products + 1
+        cached = [None if whole[j] is None else torch.cat([s[i][2 + j][shown] for s in steps], 1)
+                  for j in (0, 1)]
+        whole, cached = ([None if t is None else t.flatten(0, 1) for t in x] for x in (whole, cached))
+        found.append(Operator(where, name, whole[0], cached[0], whole[1], cached[1]))
+    return found
+
+
+def first_difference(model, tokens, start):
+    """In words: the first operator whose numbers differ between a cached and a full pass over tokens
+    (B, T), the first row being one that was found to differ."""
+    for alone in (True, False):
+        for op in compare(model, tokens, start, alone):
+            if not op.differ == 0:
+                largest = float((op.full - op.cached).abs().max())
+                return (f"{op.where}, {op.name}: {op.differ:.2%} of its numbers differ, the largest by "
+                        f"{largest:.1e}")
+    return (f"not found again with {len(tokens)} rows: it is in the head, in the compiled block, or takes "
+            "the company of all rows")
+
+
+def not_exact(model, rollout, differ, advice):
+    """differ (R, T): the answers' tokens with other bits in training than in the rollout."""
+    rows = torch.argsort(differ.any(1).int(), descending=True, stable=True)[:24]   # one that differs first
+    end = int(rollout.length[rows[0]])
+    prompt = min(int(rollout.prompt_length[rows].max()), end - 1)
+    where = first_difference(model, rollout.tokens[rows, :end], prompt)
+    return InputError(
+        f"stopped: exact mode is not exact here: {int(differ.sum())} of {int(rollout.is_answer.sum())} "
+        "tokens got other bits in training than in the rollout. An edit of an operator can be the cause, "
+        f"or this machine. First difference: {where}. {advice}")
+
+
+def self_test(model, rollout, logp_train):
+    """Exact mode claims nothing unchecked. rollout: a step of this job's own sizes; logp_train (R, T):
+    its tokens as training computes them. Returns the number of tokens compared."""
+    differ = (logp_train != rollout.logp) & rollout.is_answer & torch.isfinite(rollout.logp)
+    if differ.any():                                        # what is not finite stops the loop itself
+        raise not_exact(model, rollout, differ, "Run without --exact")
+    return int(rollout.is_answer.sum())
+
+
+def first_bad_layer(model, learn):
+    """Do the update once more (learn() -> the loss) and look at everything that is computed: where, in
+    order, inf or NaN first shows up, in words."""
+    fmt = model.num.fmt
+    for name, p in model.named_parameters():
+        if not torch.isfinite(model.num.weight(p)).all():
+            return f"the weights of {name}, rounded to {fmt.name}"
+    found, largest = [], [0.0, "nothing"]
+
+    def spy(kind, where, x, raw):
+        if not found and not torch.isfinite(x).all():
+            found.append(f"the {kind} pass of {where} (largest number until then: {largest[0]:.3g} in "
+                         f"{largest[1]}; {fmt.name} ends at {fmt.max:.3g})")
+        elif not found:
+            largest[:] = max(largest, [float(x.abs().max()), where])
+    model.num.spy = spy
+    try:
+        loss = float(learn())
+    finally:
+        model.num.spy = None
+        model.zero_grad(set_to_none=True)
+    if math.isfinite(loss) or (found and "forward" in found[0]):
+        return found[0] if found else "no layer this time: it came and went"
+    return "the loss itself, all log-probs being finite: look at rewards and advantages"
+
+
+def broken(what, where, checkpoint):
+    return InputError(
+        f"stopped: {what}; first seen in {where}. Try --precision bf16 or fp32 to see whether range is the "
+        f"matter, a lower --lr, or a lower --init-scale. The last good checkpoint is {checkpoint}")

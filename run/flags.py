@@ -1,0 +1,183 @@
+"""run/flags.py: a dataclass of settings as command-line flags.
+
+A setting says all that is known of it in one place, in `setting(...)`: its group, default, help and
+bounds; what a GPU, a real model or LoRA make of the default; when it has an effect (a flag without
+effect is refused); whether a resumed run may change it; whether it changes what the test asks.
+"""
+import dataclasses
+import math
+import textwrap
+
+from algorithms import ALGORITHMS, PAPER
+from operators.device import pick_device
+from precision import InputError, nearest
+from run.console import Parser, number
+
+
+def setting(group, default, text, low=None, high=None, choices=None, *, gpu=None, model=None, lora=None,
+            when=None, later=False, free=False, common=False):
+    """A dataclass field. low, high: bounds of a number, or of each of a pair. gpu, model, lora: the
+    default on a GPU, with --model, with --lora-rank. when: (words, condition on the settings). later: a
+    resumed run may change it. free: it does not change what the sanity test asks. common: in --help."""
+    presets = {k: v for k, v in dict(gpu=gpu, model=model, lora=lora).items() if v is not None}
+    return dataclasses.field(default=default, metadata=dict(
+        group=group, text=text, low=low, high=high, choices=choices, presets=presets, when=when,
+        later=later, free=free, common=common))
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def preset(config, *names):
+    """Setting -> value, for the fields that these presets set."""
+    return {f.name: f.metadata["presets"][n] for n in names for f in dataclasses.fields(config)
+            if n in f.metadata["presets"]}
+
+
+class Help(Exception):
+    """--help or --help-all was given."""
+
+
+def parse(config, argv, doc):
+    """Command line -> (settings, the flags that were given, the actions resume and plan). A resumed
+    run's settings are not complete yet: the folder has them."""
+    parser = Parser(prog="train_rl.py", add_help=False, allow_abbrev=False)
+    for f in dataclasses.fields(config):
+        add_flag(parser, f)
+    for name in ("-h", "--help", "--help-all", "--plan"):
+        parser.add_argument(name, action="store_true")
+    parser.add_argument("--resume", metavar="DIR", default="")
+    ns = vars(parser.parse_args(argv))
+    if ns.pop("h") | ns.pop("help"):
+        raise Help(short_help(config, doc))
+    if ns.pop("help_all"):
+        raise Help(long_help(config, doc))
+    actions = dict(resume=ns.pop("resume"), plan=ns.pop("plan"))
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in ns.items() if v is not None}
+    given = by_algorithm(given)
+    on_gpu = pick_device(given.get("device", "auto")).type == "cuda"
+    which = given.get("preset", "auto")
+    which = ("gpu" if on_gpu else "cpu") if which == "auto" else which
+    kinds = ["gpu"] * (which == "gpu") + ["model"] * bool(given.get("model"))
+    kinds += ["lora"] * bool(given.get("lora_rank") and given.get("model"))
+    own = ALGORITHMS[given.get("algo", config.algo)].settings
+    return config(**{**preset(config, *kinds), **own, **given, "preset": which}), given, actions
+
+
+def by_algorithm(given):
+    """The paper's names of algorithms are spelled out."""
+    name = given.get("algo")
+    if name is None:
+        return given
+    if name not in {**ALGORITHMS, **PAPER}:
+        raise InputError(f"no algorithm {name[:40]!r}{nearest(name, {**ALGORITHMS, **PAPER})}: --algo is "
+                         f"one of {', '.join({**ALGORITHMS, **PAPER})}")
+    return {**PAPER.get(name, {}), **given, "algo": PAPER.get(name, dict(algo=name))["algo"]}
+
+
+def add_flag(parser, f):
+    m, kind = f.metadata, type(f.default)
+    if kind is bool:
+        parser.add_argument(flag(f.name), action="store_true", default=None)
+        parser.add_argument("--no-" + flag(f.name)[2:], dest=f.name, action="store_false", default=None)
+    elif kind is str:
+        parser.add_argument(flag(f.name), choices=m["choices"])
+    else:
+        one = float if kind is tuple else kind
+        parser.add_argument(flag(f.name), type=lambda s: number(one, m["low"], m["high"], s),
+                            nargs=2 if kind is tuple else None)
+
+
+def refuse_idle(cfg, given):
+    """A flag that has no effect beside the others is a mistake, and said to be one."""
+    for f in dataclasses.fields(cfg):
+        if f.name in given and f.metadata["when"]:
+            words, condition = f.metadata["when"]
+            if not condition(cfg):
+                raise InputError(f"{flag(f.name)} would have no effect: it counts {words}")
+
+
+def refuse_settled(config, given):
+    """What was decided when a run began."""
+    for f in dataclasses.fields(config):
+        if f.name in given and not f.metadata["later"]:
+            raise InputError(f"{flag(f.name)} was settled when the run began and cannot change on --resume")
+
+
+def resumed(config, saved, given, algorithms):
+    """The settings of a resumed run: the saved ones with the given flags over them. Another algorithm
+    comes with its own settings, and without those of the old one."""
+    refuse_settled(config, given)
+    cfg = dict(saved)
+    if "algo" in given:
+        own = {k for a in algorithms.values() for k in a.settings} | {"old_policy", "correction"}
+        cfg |= {f.name: f.default for f in dataclasses.fields(config) if f.name in own}
+        cfg |= algorithms[given["algo"]].settings
+    if "precision" in given:                                    # for both sides, whatever was set apart before
+        cfg["rollout_precision"] = ""
+    return cfg | given
+
+
+def changed(cfg):
+    """The settings that make this another test than the preset's, by name."""
+    usual = type(cfg)(**{**preset(type(cfg), *["gpu"] * (cfg.preset == "gpu")), "preset": cfg.preset})
+    return [f.name for f in dataclasses.fields(cfg)
+            if not f.metadata["free"] and getattr(cfg, f.name) != getattr(usual, f.name)]
+
+
+# -----------------------------------------------------------------------------------------------------
+# Help
+
+
+def entry(f, full):
+    """A flag's lines in the help."""
+    m, default = f.metadata, f.default
+    shown = {str: "", int: " N", float: " X", tuple: " LOW HIGH", bool: ""}[type(default)]
+    name = ("--no-" + flag(f.name)[2:] if default is True else flag(f.name)) + shown
+    name += " " + ("|".join(m["choices"]) if m["choices"] else "TEXT") if isinstance(default, str) else ""
+    text = m["text"]
+    if full:
+        words = dict(gpu="on a GPU", model="with --model", lora="with --lora-rank")
+        values = [f"default {plain(default)}"] if default not in ("", False, True) else []
+        values += [f"{words[k]} {plain(v)}" for k, v in m["presets"].items()]
+        text += f" ({'; '.join(values)})" if values else ""
+        text += f". Counts {m['when'][0]}" if m["when"] else ""
+    lines = textwrap.wrap(text, 68)
+    if len(name) > 27:
+        return "\n".join([f"  {name}", *(" " * 30 + x for x in lines)])
+    return "\n".join([f"  {name:27} {lines[0]}", *(" " * 30 + x for x in lines[1:])])
+
+
+def plain(x):
+    if isinstance(x, tuple):
+        return " ".join(map(plain, x))
+    return "infinity" if x == math.inf else f"{x:g}" if isinstance(x, float) else str(x)
+
+
+def short_help(config, doc):
+    """Three examples, then the flags that people use."""
+    examples = [x for x in doc.splitlines() if x.startswith("    python train_rl.py")][:3]
+    common = [entry(f, False) for f in dataclasses.fields(config) if f.metadata["common"]]
+    return "\n".join([doc.splitlines()[0], "", *examples, "", "The flags that people use:", *common,
+                      "  --resume DIR                go on, bit for bit, where a run stopped",
+                      "  --plan                      say what the run will need in memory, and run nothing",
+                      "  --help-all                  every setting, with its defaults"])
+
+
+def long_help(config, doc):
+    """Every setting by group, and what each algorithm sets."""
+    lines, group = [short_help(config, doc), "", "Every setting:"], None
+    for f in dataclasses.fields(config):
+        if f.metadata["group"] != group:
+            group = f.metadata["group"]
+            lines += ["", group]
+        lines.append(entry(f, True))
+    lines += ["", "algorithms (--algo), and what they set unless a flag says otherwise"]
+    for name, a in ALGORITHMS.items():
+        sets = "".join(f" {flag(k)} {plain(v)}" for k, v in a.settings.items())
+        lines += [f"  {name:12} {x}" if i == 0 else " " * 15 + x
+                  for i, x in enumerate(textwrap.wrap(a.about + (f"; sets{sets}" if sets else ""), 82))]
+    for name, settings in PAPER.items():
+        lines.append(f"  {name:15}" + "".join(f" {flag(k)} {plain(v)}" for k, v in settings.items()))
+    return "\n".join(lines)

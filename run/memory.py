@@ -1,0 +1,218 @@
+"""run/memory.py: what a run will need in memory, before it runs. `--plan` prints the estimate; every run
+checks it, and tries its largest batch first."""
+import dataclasses
+import os
+import pathlib
+import sys
+
+import torch
+
+from model import GPT, KVCache
+from operators import numerics
+from operators.device import pick_device
+from precision import InputError
+from run.base import gpt_config, load_task
+from run.lines import say
+from run.problems import TRIES, choose_problems
+from sample import Sampler
+
+MIB = 2 ** 20
+CHUNK = 64 * MIB                        # Numerics.token_logprobs: logits that exist at a time
+
+
+def saved_per_token(gpt, element, lanes=0, lora=0):
+    """Bytes that one layer keeps for the way back, per token. element: bytes of a number in the compute
+    dtype; where that is 2, FP32 views of what a norm and SwiGLU take are kept beside it. lanes: panel
+    width of the compiled block, 0 without it. lora: the adapters' rank."""
+    C, F, H, D = gpt.width, gpt.mlp_width, gpt.n_heads, gpt.head_dim
+    heads, view = (H + 2 * gpt.n_kv_heads) * D, 4 if element == 2 else 0
+    if lanes and D % lanes == 0 and not gpt.qk_norm and not lora and not gpt.n_experts:
+        return 4 * (2 * C + heads + H * D + 2 * F + 2 * H + 2)      # the rest is made again
+    n = 4 * C * element + 2 * C * view + 8                          # two norms: in, out, and a scale
+    n += (heads + (H + gpt.n_kv_heads) * D) * element               # the product; queries and keys, turned
+    n += 2 * H * D * element + 4 * H                                # attention's output, twice
+    n += 7 * lora * element
+    if gpt.qk_norm:
+        n += (H + gpt.n_kv_heads) * (D * element + D * view + 4)
+    K, F = (gpt.experts_per_token, gpt.expert_width) if gpt.n_experts else (1, F)
+    n += K * F * (3 * element + 4 + 2 * view)                       # SwiGLU: in, out, silu of the gate
+    if gpt.n_experts:
+        n += 2 * K * C * element + K * C * view + 16 * gpt.n_experts
+    return n
+
+
+def most_rows(cfg):
+    """Answers that are decoded at once, at most: in a step, while choosing or while evaluating."""
+    heldout = int(cfg.heldout) if cfg.heldout.isdecimal() else 256
+    choosing = (cfg.pool or cfg.rollout_rows) * TRIES if cfg.keep != (0.0, 1.0) else 0
+    return min(cfg.rollout_rows, max(choosing, heldout * cfg.eval_tries, cfg.prompts * cfg.group))
+
+
+def largest_batch(cfg):
+    """Sequences that go forward and back at once, at most: a micro-batch, or a batch of demonstrations."""
+    return max(min(cfg.micro_batch, cfg.prompts * cfg.group), 0 if cfg.model else cfg.base_batch)
+
+
+def adapter_params(gpt, rank):
+    """Parameters of the LoRA adapters of this rank."""
+    with torch.device("meta"):
+        block = GPT(dataclasses.replace(gpt, n_layers=1, context=1), "meta", seed=None).blocks[0]
+    return gpt.n_layers * rank * sum(getattr(block, product).shape[1] + rows
+                                     for product, parts in block.parts().items()
+                                     for _, rows in parts.values())
+
+
+def needs(cfg, device, env):
+    """name -> (bytes, the flags that change it). env: of these settings, its problems chosen."""
+    gpt, gpu = gpt_config(cfg, env), device.type == "cuda"
+    N, length = gpt.n_params(), env.prompt_length + env.answer_length
+    element = {f: 2 if gpu and f in ("fp16", "bf16") else 4 for f in (cfg.rollout_format, cfg.train_format)}
+    lanes = getattr(numerics("fp32", device, cfg.fast), "lanes", 0)
+    trained = adapter_params(gpt, cfg.lora_rank) if cfg.lora_rank else N
+    frozen = N * element[cfg.train_format] if cfg.lora_rank else 0
+    rounded = sum(0 if f == "fp32" else b * trained for f, b in element.items())
+    if frozen and len(element) > 1:                         # two formats: FP32, and a copy for each
+        frozen = 4 * N + sum(0 if f == "fp32" else b * N for f, b in element.items())
+    if lanes:                                               # packed once more, for each direction
+        rounded += 4 * gpt.n_matrix_params() * (2 + (len(element) > 1))
+    reference = 0 if not cfg.kl_beta or frozen else N * (4 if cfg.train_format == "fp32" else 8)
+    rows, width = most_rows(cfg), length
+    if gpu and cfg.fast:                                    # graphs read the cache in whole pieces
+        piece = 64 if length <= 256 else 256
+        width = -(-length // piece) * piece
+    slot = 2 * gpt.n_layers * gpt.n_kv_heads * gpt.head_dim * element[cfg.rollout_format]
+    step = min(cfg.rollout_rows, cfg.prompts * cfg.group)
+    copies = rows + (step if step < rows else 0) if gpu and cfg.fast else 3 * rows // 2
+    tokens, bytes_ = largest_batch(cfg) * (length - 1), element[cfg.train_format]
+    layer = saved_per_token(gpt, bytes_, lanes, cfg.lora_rank)
+    layers = gpt.n_layers * (gpt.width * bytes_ if cfg.recompute else layer) + cfg.recompute * layer
+    passing = tokens * 4 * bytes_ * max(gpt.mlp_width, gpt.experts_per_token * gpt.expert_width)
+    logits = (5 if cfg.exact and not lanes else 4) * min(CHUNK, 4 * gpt.vocab_size * tokens)
+    size = "--lora-rank" if cfg.lora_rank or cfg.model else "--n-layers --width"
+    return {k: v for k, v in {
+        "frozen weights": (frozen, "--model"),
+        "master weights, FP32": (4 * trained, size),
+        "reference model": (reference, "--kl-beta"),
+        "rounded weights": (rounded, size),
+        "gradients, FP32": (4 * trained, size),
+        "AdamW's two moments, FP32": (8 * trained, size),
+        f"KV cache of {rows} rows of {width}": (slot * width * copies, "--rollout-rows --prompts --group"),
+        f"logits of {rows} rows": (rows * gpt.vocab_size * (4 if lanes else 29), "--rollout-rows"),
+        f"activations of {tokens} tokens": (tokens * (layers + gpt.width * bytes_),
+                                            "--micro-batch --recompute"),
+        "the layer at work": (passing, "--micro-batch --digits"),
+        "logits while training, a chunk": (logits, "--micro-batch"),
+    }.items() if v[0]}
+
+
+def available(device):
+    """Bytes that this process may still take, or None if nothing says."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    limits = []
+    try:
+        info = dict(line.split(":") for line in pathlib.Path("/proc/meminfo").read_text().splitlines())
+        limits.append(int(info["MemAvailable"].split()[0]) * 1024)
+        group = pathlib.Path("/sys/fs/cgroup")              # a container's own limit
+        used = int((group / "memory.current").read_text())
+        limits.append(int((group / "memory.max").read_text()) - used)
+    except (OSError, ValueError, KeyError):
+        pass
+    if not limits:
+        try:
+            limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        except (AttributeError, ValueError, OSError):       # Windows
+            return None
+    return min(limits)
+
+
+def total(cfg, device, env):
+    return sum(size for size, _ in needs(cfg, device, env).values())
+
+
+def advice(cfg, device, env):
+    """What to lower, biggest first, and a --micro-batch that fits if one does."""
+    rows = sorted(needs(cfg, device, env).items(), key=lambda x: -x[1][0])[:2]
+    text = "; ".join(f"{name} take {size / MIB:.0f} MiB ({flags})" for name, (size, flags) in rows)
+    free, small = available(device), cfg
+    while free and small.micro_batch > 1:
+        small = dataclasses.replace(small, micro_batch=small.micro_batch // 2)
+        if total(small, device, env) < free:
+            return (f"{text}. By the estimate of --plan, --micro-batch {small.micro_batch} fits, with the "
+                    "same result")
+    return f"{text}. Lower what these flags say"
+
+
+def plan(cfg):
+    """The table of --plan. Returns 0 if the run fits by this estimate, else 1."""
+    device, env = pick_device(cfg.device), load_task(cfg)
+    choose_problems(cfg, env)
+    gpt, need, free = gpt_config(cfg, env), total(cfg, device, env), available(device)
+    say(f"{gpt.n_params() / 1e6:.2f} M parameters, rollout {cfg.rollout_format}, train {cfg.train_format}, "
+        f"{cfg.prompts} x {cfg.group} answers a step, --micro-batch {cfg.micro_batch}, on {device}")
+    for name, (size, flags) in needs(cfg, device, env).items():
+        say(f"  {size / MIB:9.1f} MiB  {name:38} {flags}")
+    say(f"  {need / MIB:9.1f} MiB  in all, besides Python and torch themselves (some 300 MiB)")
+    if free is None:
+        say("how much memory is free here is not known")
+        return 0
+    say(f"  {free / MIB:9.1f} MiB  are free on {device}: {'it fits' if need < free else 'it does not fit'}")
+    if need >= free:
+        say(advice(cfg, device, env))
+    return 0 if need < free else 1
+
+
+def rehearse(cfg, env, acting, learning, learn, model=None):
+    """The largest batch that this run can get, for nothing: the KV cache of the most rows, the longest
+    micro-batch there and back, the optimizer's state. A lack of memory shows now, and not in an hour.
+
+    learn(model, tokens, prompt_length): forward and backward over sequences of full length. On random
+    weights, unless there is a model already; it is left as it was."""
+    device = acting.device
+    free, need = available(device), total(cfg, device, env)
+    if model is not None:                                   # it is there already, and so are they
+        need -= 4 * sum(p.numel() for p in model.parameters())
+    if device.type == "cpu" and free is not None and need > free:       # a CPU's system kills without a word
+        raise InputError(f"this run needs about {need / MIB:.0f} MiB, {free / MIB:.0f} are free. "
+                         f"{advice(cfg, device, env)}")
+    try:
+        if model is None:
+            model = GPT(gpt_config(cfg, env), device)
+        for num in {acting, learning}:
+            num.hold(model.parameters())
+        rows, length = most_rows(cfg), env.prompt_length + env.answer_length
+        cache = KVCache(model.cfg, rows, length, acting)
+        prompts = [[0] * env.prompt_length] * -(-rows // cfg.group)
+        Sampler(model.use(acting), stop=-1, fast=False).generate(prompts, cfg.group, 2)
+        del cache
+        tokens = torch.zeros(largest_batch(cfg), length, dtype=torch.int64, device=device)
+        learn(model.use(learning), tokens, env.prompt_length)
+        moments = [torch.zeros_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
+        del moments
+    except RuntimeError as e:
+        if not isinstance(e, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(e):
+            raise
+        raise InputError(f"{device} has not enough memory for this run's largest batch. "
+                         f"{advice(cfg, device, env)}") from e
+    finally:
+        if model is not None:
+            model.zero_grad(set_to_none=True)
+        for num in {acting, learning}:
+            num.release()
+
+
+def peak_memory(device):
+    """Peak memory of this process on the device, MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    try:                                                # getrusage would count what the parent had when it started this process
+        with open("/proc/self/status") as f:
+            return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) / 2 ** 10
+    except (OSError, StopIteration):
+        pass
+    try:
+        import resource
+    except ImportError:                                                                      # not on Windows
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
