@@ -1,20 +1,19 @@
-"""algorithms.py: what makes one policy-gradient algorithm differ from another, as short pure functions.
+"""algorithms.py: what makes one policy-gradient algorithm differ from another, as pure functions.
 
-    advantage   how much better an answer is than its group            rewards (P, G) -> (P, G)
-    loss        what one token adds to the loss                        Tokens -> (R, T)
-    average     what a token counts, and what the sum is divided by    mask (R, T) -> (R, 1), (R,)
-    correction  a weight for what another policy sampled               log-ratio (R, T) -> weight, kept
+    advantage   how much better an answer is than its group          rewards (P, G) -> (P, G)
+    loss        what one token adds to the loss                      Tokens -> (R, T)
+    average     what a token counts, and what divides the sum        mask (R, T) -> (R, 1), (R,)
+    correction  a weight for what another policy sampled            log-ratio -> weight, kept (R, T)
 
-R answers of T columns. `mask` (R, T) is True on the tokens that were sampled; what stands elsewhere does
-not matter. All FP32. There are three policies:
+R answers of T columns, FP32. What stands off an answer's tokens does not matter. Three policies:
 
     mu       acted. Its log-probs were recorded as it did (`logp_rollout`)
     pi_old   is what PPO's ratio compares pi with (`logp_old`)
     pi       learns (`logp`, the only one with a gradient)
 
-With --old-policy rollout ("bypass") pi_old is mu, and the ratio pi / mu holds the mismatch too. With
---old-policy recomputed ("decoupled") pi_old is pi before the batch's first update, as the training code
-computes it. Then the ratio forgets the mismatch, and a correction pi_old / mu has to bring it back.
+With --old-policy rollout ("bypass") pi_old is mu: the ratio holds the mismatch too. With recomputed
+("decoupled") it is pi before the batch's first update: the ratio forgets the mismatch, and a
+correction pi_old / mu has to bring it back.
 
 A loss of your own is a function like `clipped` and a line in ALGORITHMS at the end.
 """
@@ -24,26 +23,25 @@ from typing import Callable
 
 import torch
 
-from precision import InputError, nearest
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Advantages. Example: rewards [[1, 1, 0, 0]]. A group that agrees gets zeros, but from `batch_baseline`.
+# --------------------------------------------------------------------------------------------------
+# Advantages. Example: rewards [[1, 1, 0, 0]]. A group that agrees gets zeros, mostly.
 
 
 def centred(rewards):
-    """r - mean of the group (Dr.GRPO: Liu et al. 2025, arXiv 2503.20783). Example: [.5, .5, -.5, -.5]."""
-    agree = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)      # the mean of equal fractions may be off by a bit
+    """r - mean of the group (Dr.GRPO: Liu et al. 2025). Example: [.5, .5, -.5, -.5]."""
+    agree = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)  # a mean may be off
     return torch.where(agree, 0.0, rewards - rewards.mean(1, keepdim=True))
 
 
 def standardised(rewards):
-    """(r - mean) / (std + 1e-8), std of the population (GRPO: Shao et al. 2024, section 4.1.2). Example: [1, 1, -1, -1].
-    Nearly solved problems get large advantages: one wrong answer of 64 gets -7.9. TRL divides by the sample's std + 1e-4."""
+    """(r - mean) / (std + 1e-8), std of the population (GRPO: Shao et al. 2024, section 4.1.2).
+    Example: [1, 1, -1, -1]. One wrong answer of 64 gets -7.9. TRL: the sample's std + 1e-4."""
     return centred(rewards) / (rewards.std(1, correction=0, keepdim=True) + 1e-8)
 
 
 def leave_one_out(rewards):
-    """r - mean of the others, = G / (G - 1) * centred (RLOO: Ahmadian et al. 2024, section 2.3). Example: [2, 2, -2, -2] / 3."""
+    """r - mean of the others, = G / (G - 1) * centred (RLOO: Ahmadian et al. 2024, section 2.3).
+    Example: [2, 2, -2, -2] / 3."""
     return centred(rewards) * (rewards.shape[1] / (rewards.shape[1] - 1))
 
 
@@ -53,13 +51,13 @@ def batch_baseline(rewards):
 
 
 def overlong(lengths, room, zone):
-    """What a long answer loses, (R,): 0 up to room - zone tokens, then falling to -1 at `room`, where answers are cut off
-    (DAPO: Yu et al. 2025, eq. 13). lengths (R,), stop token included. Example: room 100, zone 20: 90 tokens -> -0.5."""
-    return -((lengths - (room - zone)) / zone).clamp(0, 1) if zone else torch.zeros_like(lengths, dtype=torch.float32)
+    """What a long answer loses, (R,): 0 up to room - zone tokens, falling to -1 at `room` (DAPO: Yu
+    et al. 2025, eq. 13). Example: room 100, zone 20: 90 tokens -> -0.5."""
+    return -((lengths - (room - zone)) / max(1, zone)).clamp(0, 1) * (zone > 0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses, each a number per token, (R, T)
+# --------------------------------------------------------------------------------------------------
+# Losses, a number per token, (R, T)
 
 
 @dataclass
@@ -67,12 +65,12 @@ class Tokens:
     """What a loss may look at: some answers, (R, T) where nothing else is said."""
     mask: torch.Tensor                              # bool: the tokens that were sampled
     logp: torch.Tensor                              # log pi, with its gradient
-    entropy: torch.Tensor                           # of pi's distribution at each token, nats, with its gradient
+    entropy: torch.Tensor                           # of pi at each token, nats, with its gradient
     logp_rollout: torch.Tensor                      # log mu
-    logp_old: torch.Tensor | None                   # log pi_old; None: pi itself, before this update
+    logp_old: torch.Tensor | None                   # log pi_old; None: pi, before this update
     advantage: torch.Tensor                         # (R,)
-    logp_reference: torch.Tensor | None = None      # log-probs of the policy before RL, with --kl-beta
-    clip: tuple = (0.2, 0.2)                        # the ratio counts from 1 - clip[0] to 1 + clip[1]
+    logp_reference: torch.Tensor | None = None      # of the policy before RL, with --kl-beta
+    clip: tuple = (0.2, 0.2)                        # the ratio counts from 1 - low to 1 + high
     room: int = 1                                   # tokens of the longest answer possible
 
     def __post_init__(self):
@@ -88,43 +86,41 @@ def ratio_of(log_ratio):
 
 def policy_gradient(t):
     """-A log pi (Williams 1992). No ratio, no clip: a correction keeps it near mu, or nothing does.
-    With an entropy bonus it would be -A log pi - 0.01 * entropy, so: - 0.01 * t.entropy."""
+    An entropy bonus would be one more term: - 0.01 * t.entropy."""
     return -t.A * t.logp
 
 
 def clipped(t):
-    """max(-A r, -A clip(r, 1 - low, 1 + high)), r = pi / pi_old (PPO: Schulman et al. 2017, eq. 7). The
-    pessimistic of the two: what has moved far enough in the good direction has no gradient, what has
-    moved in the bad one always has."""
+    """max(-A r, -A clip(r, 1 - low, 1 + high)), r = pi / pi_old (PPO: Schulman et al. 2017, eq. 7).
+    The pessimistic of the two: what has moved far enough in the good direction has no gradient."""
     ratio, (low, high) = ratio_of(t.logp - t.logp_old), t.clip
     return torch.maximum(-t.A * ratio, -t.A * ratio.clamp(1 - low, 1 + high))
 
 
 def sequence_clipped(t):
-    """`clipped` with one ratio for a whole answer, the geometric mean of its tokens':
-    s = exp(mean_t log(pi / pi_old)) (GSPO: Zheng et al. 2025, eq. 14). Written sg(s) pi / sg(pi): its
-    value is s, its gradient each token's own."""
+    """`clipped` with one ratio for a whole answer, s = exp(mean_t log(pi / pi_old)) (GSPO: Zheng et
+    al. 2025, eq. 14). Written sg(s) pi / sg(pi): its value is s, its gradient each token's own."""
     s, (low, high) = ratio_of(mean((t.logp - t.logp_old).detach(), t.mask)), t.clip
     ratio = s * ratio_of(t.logp - t.logp.detach())
     return torch.maximum(-t.A * ratio, -t.A * ratio.clamp(1 - low, 1 + high))
 
 
 def clipped_weight(t):
-    """-sg(min(r, 1 + high)) A log pi (CISPO: MiniMax 2025, arXiv 2506.13585, eq. 4): every token keeps
-    its gradient, its weight is cut."""
-    weight = ratio_of(t.logp - t.logp_old).detach().clamp(max=1 + t.clip[1])
-    return -weight * t.A * t.logp
+    """-sg(min(r, 1 + high)) A log pi (CISPO: MiniMax 2025, eq. 4): every token keeps its gradient,
+    its weight is cut."""
+    return -ratio_of(t.logp - t.logp_old).detach().clamp(max=1 + t.clip[1]) * t.A * t.logp
 
 
 def k3(logp, logp_ref):
-    """KL[pi || reference] per token: e^d - 1 - d with d = log ref - log pi, never negative (Schulman 2020; GRPO eq. 4)."""
+    """KL[pi || reference] per token: e^d - 1 - d, d = log ref - log pi (Schulman 2020; GRPO eq.
+    4)."""
     d = (logp_ref - logp).clamp(-20, 20)
     return torch.expm1(d) - d
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Averages: the loss is sum(loss * weight) / units.sum(), over the tokens that the correction kept. What is rejected counts in
-# neither: left in the denominator it would lower the learning rate without a word.
+# --------------------------------------------------------------------------------------------------
+# Averages: the loss is sum(loss * weight) / units.sum(), over the tokens that the correction kept.
+# What is rejected counts in neither: left in the denominator it would lower the learning rate.
 
 
 def mean(x, mask):
@@ -133,14 +129,14 @@ def mean(x, mask):
 
 
 def per_answer(kept, room):
-    """Each answer counts 1, however long; so a token of a long answer counts less, and long wrong answers are punished less."""
+    """Each answer counts 1, however long: a token of a long wrong one is punished less."""
     n = kept.sum(1, keepdim=True)
     return 1 / n.clamp(min=1), (n > 0).float()[:, 0]
 
 
 def constant(kept, room):
-    """Each token counts 1 / room, the longest possible answer, and the sum is divided by the answers: no such bias (Dr.GRPO). So
-    a rejected token leaves no denominator, there being none of tokens; an answer does when all of its tokens are rejected."""
+    """Each token counts 1 / room, the longest possible answer, and the sum is divided by the
+    answers of which something is kept: no such bias (Dr.GRPO)."""
     return torch.full((len(kept), 1), 1 / room, device=kept.device), kept.any(1).float()
 
 
@@ -149,8 +145,9 @@ def per_token(kept, room):
     return torch.ones(len(kept), 1, device=kept.device), kept.sum(1).float()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Corrections: weights rho of pi / mu (without a gradient) for samples of mu. A level says of what, a rule what becomes of it.
+# --------------------------------------------------------------------------------------------------
+# Corrections: weights rho of pi / mu, without a gradient. A level says of what, a rule what becomes
+# of it.
 
 
 def token(log_ratio, mask):
@@ -159,12 +156,12 @@ def token(log_ratio, mask):
 
 
 def sequence(log_ratio, mask):
-    """The product over the answer: unbiased, and its variance grows exponentially with the answer's length."""
+    """The product over the answer: unbiased, its variance grows exponentially with the length."""
     return ratio_of((log_ratio * mask).sum(1, keepdim=True)).expand(mask.shape)
 
 
 def geometric(log_ratio, mask):
-    """The geometric mean over the answer: a measure of its mismatch that does not grow with its length."""
+    """The geometric mean over the answer: its mismatch, whatever its length."""
     return ratio_of(mean(log_ratio, mask)).expand(mask.shape)
 
 
@@ -174,20 +171,20 @@ def truncate(rho, low, high):
 
 
 def reject(rho, low, high):
-    """rho where low <= rho <= high, elsewhere the token or the answer is left out: MIS, masked importance sampling."""
+    """rho where low <= rho <= high; the rest is left out: MIS, masked importance sampling."""
     kept = (rho >= low) & (rho <= high)
     return rho * kept, kept
 
 
 def only_reject(rho, low, high):
     """`reject` with a weight of 1."""
-    kept = (rho >= low) & (rho <= high)
+    _, kept = reject(rho, low, high)
     return kept.float(), kept
 
 
-# name: (level, rule, low, high). Sources: token-tis Yao et al. 2025 and arXiv 2510.26788; token-mis IcePop (arXiv 2510.18855);
-# seq-* arXiv 2510.26788, C = 3 in its sanity test (its scripts' "PG seq MIS" truncates; here the name says what is done);
-# geometric: verl's rollout correction.
+# name: (level, rule, low, high). Sources: token-tis Yao et al. 2025 and arXiv 2510.26788; token-mis
+# IcePop (arXiv 2510.18855); seq-* arXiv 2510.26788, C = 3 in its sanity test (its scripts' "PG seq
+# MIS" truncates; here the name says what is done); geometric: verl's rollout correction.
 CORRECTIONS = {
     "token-is": (token, truncate, 0.0, math.inf),
     "token-tis": (token, truncate, 0.0, 2.0),
@@ -196,47 +193,26 @@ CORRECTIONS = {
     "seq-tis": (sequence, truncate, 0.0, 3.0),
     "seq-mis": (sequence, reject, 0.0, 3.0),
     "geometric": (geometric, only_reject, 0.999, 1.001),
+    "none": (token, truncate, 1.0, 1.0),
 }
 
 
 def parse_correction(text):
-    """`seq-mis`, `seq-mis:10` (another cap) or `token-mis:0.5:5` (another band) -> (name, low, high)."""
+    """`seq-mis`, `seq-mis:10` (another cap), `token-mis:0.5:5` (another band) -> level, rule,
+    ends."""
     name, *ends = text.split(":")
-    if name == "none" and not ends:
-        return "none", 0.0, math.inf
-    if name not in CORRECTIONS:
-        raise InputError(f"no correction {name[:40]!r}{nearest(name, CORRECTIONS)}: use none, "
-                         f"{', '.join(CORRECTIONS)}, with an end or a band of its own as in seq-mis:10")
-    _, _, low, high = CORRECTIONS[name]
-    try:
-        ends = [float(e) for e in ends]
-        low, high = {0: (low, high), 1: (low, *ends), 2: tuple(ends)}[len(ends)]
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"correction {text[:60]!r}: after the name stand a cap, or a low and a high end, "
-                         "as in token-mis:0.5:5") from None
-    if not 0 <= low < high:
-        raise InputError(f"correction {text[:60]!r} keeps nothing: from {low:g} to {high:g}")
-    return name, low, high
+    level, rule, low, high = CORRECTIONS[name]
+    return level, rule, *map(float, ends if len(ends) == 2 else (low, *(ends or [high])))
 
 
 def correct(correction, log_ratio, mask):
-    """log(pi / mu) (R, T) -> weight (R, T), kept (R, T) bool, False off the answers. correction: its
-    text, as --correction has it."""
-    name, low, high = parse_correction(correction)
-    if name == "none":
-        return mask.float(), mask
-    level, rule, _, _ = CORRECTIONS[name]
+    """log(pi / mu) (R, T) -> weight (R, T), kept (R, T) bool, False off the answers."""
+    level, rule, low, high = parse_correction(correction)
     weight, kept = rule(level(log_ratio.detach(), mask), low, high)
     return weight * mask, kept & mask
 
 
-def rejects(correction):
-    """Whether it leaves tokens out, and so out of the denominator."""
-    name = parse_correction(correction)[0]
-    return name != "none" and CORRECTIONS[name][1] is not truncate
-
-
-# -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -252,43 +228,29 @@ class Algorithm:
 ALGORITHMS = {
     "dr-grpo": Algorithm("A = r - group mean, PPO's clipped ratio, constant denominator",
                          centred, clipped, constant, True),
-    "grpo": Algorithm("A / std, clipped ratio, mean over each answer",
-                      standardised, clipped, per_answer, True),
-    "reinforce": Algorithm("A = r - batch mean, no ratio, no clip",
+    "grpo": Algorithm("A / std, clipped ratio, mean of answers", standardised, clipped, per_answer, True),
+    "reinforce": Algorithm("A = r - batch mean, no ratio",
                            batch_baseline, policy_gradient, constant, False),
-    "pg": Algorithm("A = r - group mean, no ratio, no clip",
-                    centred, policy_gradient, constant, False),
-    "rloo": Algorithm("A = r - mean of the others, no ratio, no clip",
-                      leave_one_out, policy_gradient, constant, False),
+    "pg": Algorithm("A = r - group mean, no ratio", centred, policy_gradient, constant, False),
+    "rloo": Algorithm("A = r - mean of the others", leave_one_out, policy_gradient, constant, False),
     "gspo": Algorithm("A / std, one clipped ratio per answer",
                       standardised, sequence_clipped, per_answer, True, dict(clip=(3e-4, 4e-4))),
-    "dapo": Algorithm("grpo with clip-higher, mean over tokens, dynamic sampling; --overlong where there "
-                      "is room", standardised, clipped, per_token, True,
+    "dapo": Algorithm("grpo with clip-higher, mean over tokens, dynamic sampling; add --overlong",
+                      standardised, clipped, per_token, True,
                       dict(clip=(0.2, 0.28), dynamic_sampling=3)),
     "cispo": Algorithm("A / std, ratio as a cut weight, mean over tokens",
                        standardised, clipped_weight, per_token, True, dict(clip=(0.2, 4.0))),
 }
-# The paper's names for what is an algorithm and a correction. Its scripts take Dr.GRPO's advantage and
-# denominator for all of them.
-DECOUPLED = dict(algo="dr-grpo", old_policy="recomputed")
-PAPER = {
-    "pg-seq-is": dict(algo="pg", correction="seq-is"),
-    "pg-seq-tis": dict(algo="pg", correction="seq-tis"),
-    "pg-seq-mis": dict(algo="pg", correction="seq-mis"),
-    "pg-token-tis": dict(algo="pg", correction="token-tis"),
-    "grpo-token-tis": dict(DECOUPLED, correction="token-tis"),
-    "grpo-seq-mis": dict(DECOUPLED, correction="seq-mis:10"),
-}
+# The paper's names. Its scripts take Dr.GRPO's advantage and denominator for all of these.
+PAPER = {f"pg-{c}": dict(algo="pg", correction=c)
+         for c in ("seq-is", "seq-tis", "seq-mis", "token-tis")}
+PAPER |= {f"grpo-{c.split(':')[0]}": dict(algo="dr-grpo", old_policy="recomputed", correction=c)
+          for c in ("token-tis", "seq-mis:10")}
 
 
 def decoupled(cfg):
     """Whether the ratio is taken to pi as the training code computes it, and not to mu."""
     return ALGORITHMS[cfg.algo].has_ratio and cfg.old_policy == "recomputed"
-
-
-def count(cfg, kept, room):
-    """What the loss of some answers is to be divided by, as a number."""
-    return float(ALGORITHMS[cfg.algo].average(kept, room)[1].sum())
 
 
 def policy_loss(cfg, t):
@@ -297,17 +259,13 @@ def policy_loss(cfg, t):
     algorithm, (low, high) = ALGORITHMS[cfg.algo], t.clip
     acted = t.logp_old if decoupled(cfg) else t.logp.detach()
     weight, kept = correct(cfg.correction, acted - t.logp_rollout, t.mask)
-    loss, penalty = weight * algorithm.loss(t), torch.zeros_like(t.logp)
-    if t.logp_reference is not None:
-        penalty = k3(t.logp, t.logp_reference)
-    per, _ = algorithm.average(kept, t.room)
-    total = ((loss + cfg.kl_beta * penalty) * per)[kept].sum()
+    penalty = torch.zeros_like(t.logp) if t.logp_reference is None else k3(t.logp, t.logp_reference)
+    loss = weight * algorithm.loss(t) + cfg.kl_beta * penalty
+    total = (loss * algorithm.average(kept, t.room)[0])[kept].sum()
     with torch.no_grad():
         level = geometric if algorithm.loss is sequence_clipped else token
-        ratio = level(t.logp - t.logp_old, t.mask)
+        ratio, used = level(t.logp - t.logp_old, t.mask), weight[kept].double()
         outside = (ratio < 1 - low) | (ratio > 1 + high)
         stats = dict(tokens=t.mask.sum(), kept=kept.sum(), clipped=(outside & t.mask).sum(),
-                     weight=weight[kept].double().sum(),
-                     weight2=weight[kept].double().square().sum(),
-                     kl_ref=penalty[t.mask].sum())
+                     weight=used.sum(), weight2=used.square().sum(), kl_ref=penalty[t.mask].sum())
     return total, stats

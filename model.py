@@ -1,19 +1,17 @@
-"""model.py: a modern decoder-only transformer, small enough to read at one sitting, and its checkpoints.
+"""model.py: a modern decoder-only transformer, small enough to read at one sitting.
 
-Pre-norm blocks of RMSNorm, rotary positions, grouped-query attention and SwiGLU, with optional QKV bias, QK-norm, tied head
-and routed experts: the shape of Qwen2.5, Qwen3, Qwen3-MoE and Llama 3, whose checkpoints hf/ reads and writes. The one
-`forward(tokens, cache=None)` serves rollout and training. Every arithmetic operator is a method of `self.num`
-(precision.Numerics), so no number is rounded in this file.
+Pre-norm blocks of RMSNorm, rotary positions, grouped-query attention and SwiGLU, with optional QKV
+bias, QK-norm, tied head and routed experts: the shape of Qwen2.5, Qwen3, Qwen3-MoE and Llama 3,
+whose checkpoints hf/ reads and writes. The one `forward(tokens, cache=None)` serves rollout and
+training. Every arithmetic operator is a method of `self.num` (precision.Numerics), so no number is
+rounded in this file.
 
-Names: B rows, T tokens, C width, H query heads, KV key/value heads, D head width, F MLP width, V vocabulary, E experts, K of
-them per token.
-Left out: dropout (RL never sees an answer twice), attention variants, initialisation schemes to choose from.
+Names: B rows, T tokens, C width, H query heads, KV key/value heads, D head width, F MLP width, V
+vocabulary, E experts, K of them per token. Left out: dropout (RL never sees an answer twice),
+attention variants, initialisation schemes to choose from.
 """
-import dataclasses
+import copy
 import math
-import os
-import pathlib
-import zipfile
 from dataclasses import dataclass
 
 import torch
@@ -29,12 +27,12 @@ class GPTConfig:
     n_layers: int = 4
     width: int = 128
     n_heads: int = 4
-    n_kv_heads: int = 2            # fewer than n_heads: query heads share keys and values, and the cache shrinks
+    n_kv_heads: int = 2            # fewer: query heads share keys and values, and the cache shrinks
     head_dim: int = 0              # 0: width / n_heads (Qwen3 sets it apart)
     mlp_width: int = 384
     context: int = 64              # the longest sequence, prompt and answer together
     rope_theta: float = 10_000.0
-    rope_llama3: tuple = ()        # Llama 3.1's stretch for long contexts: factor, low and high frequency factor, old context
+    rope_llama3: tuple = ()        # Llama 3.1's stretch for long contexts: see rope_frequencies
     norm_eps: float = 1e-6
     qkv_bias: bool = False         # Qwen2.5
     qk_norm: bool = False          # Qwen3
@@ -46,39 +44,28 @@ class GPTConfig:
     dense_layers: tuple = ()       # blocks with a plain MLP all the same
 
     def __post_init__(self):
-        for name in ("rope_llama3", "dense_layers"):                    # JSON and checkpoints give lists
+        for name in ("rope_llama3", "dense_layers"):               # JSON and checkpoints give lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.head_dim == 0:
             object.__setattr__(self, "head_dim", self.width // self.n_heads)
         if self.n_heads % self.n_kv_heads:
-            raise InputError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+            raise InputError(f"n_heads {self.n_heads} is no multiple of {self.n_kv_heads}")
         if self.head_dim % 2:
-            raise InputError(f"head_dim {self.head_dim} is odd: rotary positions need pairs of features")
+            raise InputError(f"head_dim {self.head_dim} is odd: rotary positions need pairs")
         if self.n_experts and not 1 <= self.experts_per_token <= self.n_experts:
-            raise InputError(f"{self.experts_per_token} of {self.n_experts} experts per token cannot be")
+            raise InputError(f"{self.experts_per_token} of {self.n_experts} experts cannot be")
 
     def is_moe(self, layer):
         return self.n_experts > 0 and layer not in self.dense_layers
 
-    def n_matrix_params(self):
-        """Weights of matrices: all but the embedding, norms and biases. A token meets experts_per_token of its experts."""
-        heads = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
-        sparse = sum(map(self.is_moe, range(self.n_layers)))
-        experts = self.n_experts * (3 * self.expert_width + 1)
-        mlp = (self.n_layers - sparse) * 3 * self.mlp_width + sparse * experts
-        return self.width * (self.n_layers * (heads + self.n_heads * self.head_dim) + mlp + self.vocab_size)
-
-    def n_params(self):
-        C, D = self.width, self.head_dim
-        small = 2 * C + self.qkv_bias * (self.n_heads + 2 * self.n_kv_heads) * D + self.qk_norm * 2 * D
-        return self.n_matrix_params() + self.n_layers * small + C + (not self.tied_head) * self.vocab_size * C
-
 
 class KVCache:
-    """Preallocated keys and values, (B, KV, capacity, D) a layer, in the compute dtype: rounded as training rounds them.
+    """Preallocated keys and values, (B, KV, capacity, D) a layer, in the compute dtype: rounded as
+    training rounds them.
 
-    Slot t of a row holds the key of the token at position t, so a cached step sees keys in the same places as a full one.
-    `length` is an int while all rows are equally long, else a (B,) int64 tensor; `longest` is an int in both cases."""
+    Slot t of a row holds the key of the token at position t, so a cached step sees keys in the same
+    places as a full one. `length` is an int while all rows are equally long, else a (B,) int64
+    tensor; `longest` is an int in both cases."""
 
     def __init__(self, cfg, rows, capacity, num):
         shape = (cfg.n_layers, rows, cfg.n_kv_heads, capacity, cfg.head_dim)
@@ -87,31 +74,33 @@ class KVCache:
         self.length = self.longest = 0
 
     def rows(self, index, lengths=None, room=0):
-        """A cache of the rows `index` (int64 tensor, repeats allowed) with `room` more slots. lengths: where each new row
-        ends, if that is not where all of them end."""
-        new = object.__new__(KVCache)
-        new.length = self.length if isinstance(self.length, int) else self.length[index]
+        """A cache of the rows `index` (int64 tensor, repeats allowed) with `room` more slots.
+        lengths: where each new row ends, if that is not where all of them end."""
+        new = copy.copy(self)
         if lengths is not None:
             new.length = lengths
-        new.longest = self.longest
-        new.k, new.v = (nn.functional.pad(t[:, index], (0, 0, 0, room)) if room else t[:, index] for t in (self.k, self.v))
+        elif not isinstance(self.length, int):
+            new.length = self.length[index]
+        wide = (0, 0, 0, room)
+        new.k, new.v = (nn.functional.pad(t[:, index], wide) for t in (self.k, self.v))
         return new
 
     def part(self, rows, length, longest):
         """The first `rows` rows, in the same memory, with (rows,) lengths of their own."""
-        new = object.__new__(KVCache)
+        new = copy.copy(self)
         new.k, new.v, new.length, new.longest = self.k[:, :rows], self.v[:, :rows], length, longest
         return new
 
     def append(self, layer, k, v):
-        """Write k, v (B, KV, T, D) behind what is there; returns all keys and values up to the longest row's end."""
+        """Write k, v (B, KV, T, D) behind what is there; returns all keys and values up to the
+        longest row's end."""
         T = k.shape[2]
         if isinstance(self.length, int):
             end = self.length + T
             self.k[layer, :, :, self.length:end] = k
             self.v[layer, :, :, self.length:end] = v
         else:
-            at = self.length[:, None] + torch.arange(T, device=k.device)                      # (B, T)
+            at = self.length[:, None] + torch.arange(T, device=k.device)                    # (B, T)
             row = torch.arange(len(at), device=k.device)[:, None]
             self.k[layer][row, :, at] = k.transpose(1, 2)
             self.v[layer][row, :, at] = v.transpose(1, 2)
@@ -120,9 +109,9 @@ class KVCache:
 
 
 def rope_frequencies(cfg):
-    """Angle per position of each pair of features, (D/2) FP64 (Su et al. 2021), stretched as Llama 3.1 does: pairs that turn
-    fewer than `low` times within the old context turn `factor` times slower, those above `high` times as ever, between them
-    a blend."""
+    """Angle per position of each pair of features, (D/2) FP64 (Su et al. 2021), stretched as Llama
+    3.1 does: pairs that turn fewer than `low` times within the old context turn `factor` times
+    slower, those above `high` times as ever, between them a blend."""
     f = cfg.rope_theta ** -(torch.arange(0, cfg.head_dim, 2, dtype=torch.float64) / cfg.head_dim)
     if not cfg.rope_llama3:
         return f
@@ -133,13 +122,13 @@ def rope_frequencies(cfg):
 
 
 class Adapter(nn.Module):
-    """LoRA (Hu et al. 2021, eq. 3) for one product: W x + alpha / rank * B A x, W frozen, alpha = 2 rank.
-    The rows of a fused product (queries, keys, values) have an A and a B each, as checkpoints that keep
-    them apart would.
+    """LoRA (Hu et al. 2021, eq. 3) for one product: W x + alpha / rank * B A x, W frozen, alpha = 2
+    rank. The rows of a fused product (queries, keys, values) have an A and a B each, as checkpoints
+    that keep them apart would.
 
-    The adapter stays apart, in rollout as in training. Merged into W, it would be rounded away to W's
-    spacing: an update of 1e-4 to a weight of 1 is below half of FP16's, and the policy that acts would
-    not be the one that learns."""
+    The adapter stays apart, in rollout as in training. Merged into W, it would be rounded away to
+    W's spacing: an update of 1e-4 to a weight of 1 is below half of FP16's, and the policy that
+    acts would not be the one that learns."""
     scale = 2.0                                                 # alpha / rank
 
     def __init__(self, parts, inputs, rank, generator):
@@ -147,8 +136,8 @@ class Adapter(nn.Module):
         super().__init__()
         self.rank, self.parts = rank, parts
         A = torch.rand(len(parts) * rank, inputs, generator=generator) * 2 - 1
-        self.A = nn.Parameter(A * inputs ** -0.5)               # PEFT's: Kaiming uniform with a = sqrt(5)
-        self.B = nn.ParameterList(nn.Parameter(torch.zeros(rows, rank)) for _, rows in parts.values())
+        self.A = nn.Parameter(A * inputs ** -0.5)         # PEFT's: Kaiming uniform with a = sqrt(5)
+        self.B = nn.ParameterList(torch.zeros(rows, rank) for _, rows in parts.values())
 
     def forward(self, num, x, y):
         """x (..., I), the frozen product y (..., O) -> y + scale * B A x."""
@@ -158,9 +147,9 @@ class Adapter(nn.Module):
 
 
 class Experts(nn.Module):
-    """A mixture of experts in an MLP's place (Shazeer et al. 2017; as in Qwen3-MoE): each token goes to
-    the K experts whose router probabilities are largest, and gets their SwiGLU MLPs' outputs, weighted
-    by these probabilities."""
+    """A mixture of experts in an MLP's place (Shazeer et al. 2017; as in Qwen3-MoE): each token
+    goes to the K experts whose router probabilities are largest, and gets their SwiGLU MLPs'
+    outputs, weighted by these probabilities."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -185,20 +174,22 @@ class Experts(nn.Module):
         place = torch.argsort(chosen.flatten(), stable=True)    # which of the N K places go to whom
         counts = torch.bincount(chosen.flatten(), minlength=len(self.down)).tolist()
         out = [num.linear(num.swiglu(num.linear(x[at // K], gate_up)), down)
-               for at, gate_up, down in zip(place.split(counts), self.gate_up, self.down) if len(at)]
+               for at, gate_up, down in zip(place.split(counts), self.gate_up, self.down)
+               if len(at)]
         out = torch.cat(out)[torch.argsort(place)]              # back in the order of the tokens
         return num.mix(out.view(-1, K, C), weight).view(B, T, C), own.view(B, T, K).to(torch.int16)
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). Parameters only: the operators are Numerics'."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). Parameters only: the operators are
+    Numerics'."""
 
     def __init__(self, cfg, layer=0):
         super().__init__()
         H, KV, D, C = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, cfg.width
         self.cfg, self.layer = cfg, layer
         self.norm1 = nn.Parameter(torch.ones(C))
-        self.qkv = nn.Parameter(torch.empty((H + 2 * KV) * D, C))    # queries, keys, values, one product
+        self.qkv = nn.Parameter(torch.empty((H + 2 * KV) * D, C))    # queries, keys, values
         self.qkv_bias = nn.Parameter(torch.zeros((H + 2 * KV) * D)) if cfg.qkv_bias else None
         self.q_norm = nn.Parameter(torch.ones(D)) if cfg.qk_norm else None
         self.k_norm = nn.Parameter(torch.ones(D)) if cfg.qk_norm else None
@@ -206,17 +197,19 @@ class Block(nn.Module):
         self.norm2 = nn.Parameter(torch.ones(C))
         self.experts = Experts(cfg) if cfg.is_moe(layer) else None
         if not self.experts:
-            self.gate_up = nn.Parameter(torch.empty(2 * cfg.mlp_width, C))       # gate first, value second
+            self.gate_up = nn.Parameter(torch.empty(2 * cfg.mlp_width, C))    # gate, then value
             self.down = nn.Parameter(torch.empty(C, cfg.mlp_width))
         self.lora, self.adapted = nn.ModuleDict(), True         # name of a product -> its Adapter
         self.routes = None                                      # which experts the last pass chose
 
     def parts(self):
         """product -> {its name in checkpoints: (first row, rows)}; what LoRA adapts."""
-        H, KV, D, F = (getattr(self.cfg, n) for n in ("n_heads", "n_kv_heads", "head_dim", "mlp_width"))
-        qkv = dict(q_proj=(0, H * D), k_proj=(H * D, KV * D), v_proj=((H + KV) * D, KV * D))
-        attention = dict(qkv=qkv, proj=dict(o_proj=(0, self.cfg.width)))
-        mlp = dict(gate_up=dict(gate_proj=(0, F), up_proj=(F, F)), down=dict(down_proj=(0, self.cfg.width)))
+        c = self.cfg
+        Q, K, F = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.mlp_width
+        attention = dict(qkv=dict(q_proj=(0, Q), k_proj=(Q, K), v_proj=(Q + K, K)),
+                         proj=dict(o_proj=(0, c.width)))
+        mlp = dict(gate_up=dict(gate_proj=(0, F), up_proj=(F, F)),
+                   down=dict(down_proj=(0, c.width)))
         return attention if self.experts else {**attention, **mlp}
 
     def linear(self, num, x, product, bias=None):
@@ -225,7 +218,7 @@ class Block(nn.Module):
         return self.lora[product](num, x, y) if product in self.lora and self.adapted else y
 
     def forward(self, x, cos, sin, mask, num, cache=None, replay=None):
-        whole = num.block(self, x, cos, sin, mask, cache)       # these lines in one compiled call, or None
+        whole = num.block(self, x, cos, sin, mask, cache)       # these lines in one call, or None
         if whole is not None:
             return whole
         (B, T, _), c, H, KV = x.shape, self.cfg, self.cfg.n_heads, self.cfg.n_kv_heads
@@ -235,8 +228,8 @@ class Block(nn.Module):
         qk, v = h.transpose(1, 2).split((H + KV, KV), 1)                          # (B, heads, T, D)
         if c.qk_norm:
             q, k = qk.split((H, KV), 1)
-            q, k = num.rms_norm(q, self.q_norm, c.norm_eps), num.rms_norm(k, self.k_norm, c.norm_eps)
-            qk = torch.cat((q, k), 1)
+            qk = torch.cat((num.rms_norm(q, self.q_norm, c.norm_eps),
+                            num.rms_norm(k, self.k_norm, c.norm_eps)), 1)
         q, k = num.rope(qk, cos, sin).split((H, KV), 1)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
@@ -253,24 +246,24 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     def __init__(self, cfg, device="cpu", seed=0):
-        """FP32 master weights, drawn from `seed` on the CPU so that every device starts from the same numbers; seed None: no
-        numbers yet, for a checkpoint to fill in."""
+        """FP32 master weights, drawn from `seed` on the CPU so that every device starts from the
+        same numbers; seed None: no numbers yet, for a checkpoint to fill in."""
         super().__init__()
         self.cfg = cfg
         with torch.device(device if seed is None else "cpu"):
             self.embedding = nn.Parameter(torch.empty(cfg.vocab_size, cfg.width))
             self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layers))
             self.norm = nn.Parameter(torch.ones(cfg.width))
-            self.head = self.embedding if cfg.tied_head else nn.Parameter(torch.empty(cfg.vocab_size, cfg.width))
-        self.recompute = False                                              # activations: again on the way back, not kept
-        self.lora = None                                                    # what `adapt` was given
+            head = None if cfg.tied_head else nn.Parameter(torch.empty(cfg.vocab_size, cfg.width))
+            self.head = self.embedding if cfg.tied_head else head
+        self.recompute, self.lora = False, None     # activations made again; what `adapt` was given
         if seed is not None:
             self._draw(seed)
         self.to(device)
-        # angles in FP64, tables in FP32: position times frequency must not be rounded before the cosine
+        # FP64: position times frequency must not be rounded before the cosine. (context, D/2)
         angle = torch.arange(cfg.context, dtype=torch.float64)[:, None] * rope_frequencies(cfg)
-        self.register_buffer("cos", angle.cos().float().to(device), persistent=False)          # (context, D/2)
-        self.register_buffer("sin", angle.sin().float().to(device), persistent=False)
+        for name, table in (("cos", angle.cos()), ("sin", angle.sin())):
+            self.register_buffer(name, table.float().to(device), persistent=False)
         if seed is not None:
             self.use(Numerics("fp32", device).hold(self.parameters()))
 
@@ -279,11 +272,13 @@ class GPT(nn.Module):
         cfg, g = self.cfg, torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if p.dim() >= 2:
-                # 0.06 at width 128: with GPT-2's 0.02 a small model needs twice the steps to find the columns of a sum.
-                # The residual stream sums 2 n_layers branches: scale what feeds it (Radford et al. 2019).
+                # 0.06 at width 128: with GPT-2's 0.02 a small model needs twice the steps to find
+                # the columns of a sum. The residual stream sums 2 n_layers branches: scale what
+                # feeds it (Radford et al. 2019).
                 std = 0.02 if name == "head" else 0.7 * cfg.width ** -0.5
                 feeds = any(part in ("proj", "down") for part in name.split("."))
-                nn.init.normal_(p, std=std / (2 * cfg.n_layers) ** 0.5 if feeds else std, generator=g)
+                std = std / (2 * cfg.n_layers) ** 0.5 if feeds else std
+                nn.init.normal_(p, std=std, generator=g)
 
     def use(self, num):
         """Compute in this number format from now on. `num` must hold this model's parameters."""
@@ -291,8 +286,8 @@ class GPT(nn.Module):
         return self
 
     def adapt(self, rank, seed=0):
-        """Freeze every weight and add LoRA adapters of this rank to every projection but the experts',
-        FP32 masters. Call before Numerics.hold."""
+        """Freeze every weight and add LoRA adapters of this rank to every projection but the
+        experts', FP32 masters. Call before Numerics.hold."""
         device, g = self.embedding.device, torch.Generator().manual_seed(seed)
         self.requires_grad_(False)
         for block in self.blocks:
@@ -303,37 +298,40 @@ class GPT(nn.Module):
         return self
 
     def adapters(self, on):
-        """With or, for a while, without them: the policy as it was before training is the base alone."""
+        """With or, for a while, without them: the policy as it was before training is the base
+        alone."""
         for block in self.blocks:
             block.adapted = on
 
     @torch.no_grad()
     def keep_rounded(self, num):
-        """Where both sides of a run round alike, a frozen weight needs no FP32 master: keep the rounded one, in num's dtype."""
+        """Where both sides of a run round alike, a frozen weight needs no FP32 master: keep the
+        rounded one, in num's dtype."""
         for p in self.parameters():
             if not p.requires_grad and not getattr(p, "keep_fp32", False):
                 p.data = num.round(p.data.float())
 
     def forward(self, tokens, cache=None, replay=None):
-        """tokens (B, T) int64 -> hidden states (B, T, C) after the last norm, in num.dtype. replay: see
-        token_logprobs.
+        """tokens (B, T) int64 -> hidden states (B, T, C) after the last norm, in num.dtype. replay:
+        see token_logprobs.
 
-        Without a cache the rows start at position 0 and attention is causal. Right padding is harmless:
-        nothing looks to its right. With a cache the tokens continue each row after cache.length, which
-        moves on by T."""
+        Without a cache the rows start at position 0 and attention is causal. Right padding is
+        harmless: nothing looks to its right. With a cache the tokens continue each row after
+        cache.length, which moves on by T."""
         num, T = self.num, tokens.shape[1]
         start = 0 if cache is None else cache.length
         if isinstance(start, int):
             if start + T > self.cfg.context:
-                raise InputError(f"{start + T} tokens do not fit the model's context of {self.cfg.context}")
+                raise InputError(f"{start + T} tokens do not fit the model's context of "
+                                 f"{self.cfg.context}")
             cos, sin, mask = self.cos[start:start + T], self.sin[start:start + T], None
-            if start and T > 1:                             # a chunk after a cache: shifted causal mask
+            if start and T > 1:                         # a chunk after a cache: shifted causal mask
                 mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril_(start)
-        else:                                               # ragged rows, each at a position of its own
+        else:                                           # ragged rows, each at a position of its own
             position = start[:, None] + torch.arange(T, device=tokens.device)              # (B, T)
-            cos, sin = self.cos[position][:, None], self.sin[position][:, None]            # (B, 1, T, D/2)
+            cos, sin = self.cos[position][:, None], self.sin[position][:, None]     # (B, 1, T, D/2)
             keys = torch.arange(cache.longest + T, device=tokens.device)
-            mask = (keys <= position[..., None])[:, None]                                  # (B, 1, T, keys)
+            mask = (keys <= position[..., None])[:, None]                          # (B, 1, T, keys)
         num.where = "embedding"
         x = num.embed(tokens, self.embedding)
         sparse = iter(range(self.cfg.n_layers))             # which of the layers with experts
@@ -351,106 +349,29 @@ class GPT(nn.Module):
         return num.rms_norm(x, self.norm, self.cfg.norm_eps)
 
     def routes(self):
-        """Which experts the last forward pass chose: (B, T, MoE layers, K) int16, or None for a model without experts."""
+        """Which experts the last forward pass chose: (B, T, MoE layers, K) int16, or None for a
+        model without experts."""
         chosen = [b.routes for b in self.blocks if b.experts]
         return torch.stack(chosen, 2) if chosen else None
 
     def logits(self, hidden):
-        """hidden (N, C) -> FP32 logits (N, V). For the few rows of a decode step; training uses token_logprobs."""
+        """hidden (N, C) -> FP32 logits (N, V). For the few rows of a decode step; training uses
+        token_logprobs."""
         return self.num.logits(hidden, self.head)
 
     def token_logprobs(self, tokens, where, temperature=1.0, replay=None):
-        """Teacher-forced log-probs of the tokens that `where` marks, as the sampler would have recorded them.
+        """Teacher-forced log-probs of the tokens that `where` marks, as the sampler would have
+        recorded them.
 
-        tokens (B, T) int64, right-padded; where (B, T) bool, False in column 0. Returns two FP32 vectors in row-major order
-        of `where`: log pi(token | what stands left of it) and the entropy of that distribution, nats. replay: `routes` (B, T - 1
-        or more, MoE layers, K) of the rollout, to send every token to the experts that it met there."""
+        tokens (B, T) int64, right-padded; where (B, T) bool, False in column 0. Returns two FP32
+        vectors in row-major order of `where`: log pi(token | what stands left of it) and the
+        entropy of that distribution, nats. replay: `routes` (B, T - 1 or more, MoE layers, K) of
+        the rollout, to send every token to the experts that it met there."""
         replay = replay if replay is None else replay[:, :tokens.shape[1] - 1]
-        hidden = self(tokens[:, :-1], replay=replay).flatten(0, 1)  # position t predicts token t + 1
+        hidden = self(tokens[:, :-1], replay=replay).flatten(0, 1)    # t predicts token t + 1
         rows = where[:, 1:].flatten().nonzero()[:, 0]
-        return self.num.token_logprobs(hidden, self.head, tokens[:, 1:].flatten()[rows], rows, temperature)
+        targets = tokens[:, 1:].flatten()[rows]
+        return self.num.token_logprobs(hidden, self.head, targets, rows, temperature)
 
     def n_params(self):
-        return self.cfg.n_params()
-
-    def flops(self, tokens, context, heads):
-        """Multiply-adds counted as 2, for one forward pass: `tokens` through the blocks, each with `context` keys on
-        average, `heads` of them through the head. A backward pass is twice that. Masked scores are not counted."""
-        c = self.cfg
-        per_token = sum(p.numel() for b in self.blocks for p in b.parameters() if p.dim() == 2)
-        idle = c.n_experts - c.experts_per_token            # experts that a token does not go to
-        per_token -= sum(idle * b.experts.gate_up[0].numel() * 3 // 2 for b in self.blocks if b.experts)
-        return 2 * tokens * (per_token + 2 * c.n_layers * c.n_heads * c.head_dim * context) + 2 * heads * c.vocab_size * c.width
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: one file, a dict of tensors and plain values. No pickle is ever loaded.
-
-FORMAT_VERSION = 1
-
-
-def save_checkpoint(path, model, only_trained=False, **rest):
-    """Write model (only_trained: without its frozen weights) and `rest` (tensors, dicts, lists, numbers, strings) to `path` so
-    that `path` is at every moment either the complete old file or the complete new one: write beside it, flush to the disk,
-    rename."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    weights = {n: p.detach() for n, p in model.state_dict(keep_vars=True).items() if p.requires_grad or not only_trained}
-    state = dict(tenbit=FORMAT_VERSION, gpt=dataclasses.asdict(model.cfg), lora=model.lora, model=weights, **rest)
-    try:
-        with open(partial, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as e:
-        partial.unlink(missing_ok=True)
-        cause = e if isinstance(e, OSError) else e.__context__      # torch reports a failed write as a RuntimeError of its own
-        if not isinstance(cause, OSError):
-            raise
-        raise InputError(f"cannot write {path}: {cause.strerror}; what was there before is untouched") from e
-
-
-def load_checkpoint(path, device="cpu"):
-    """The dict that save_checkpoint wrote; `path` is the file or the folder that holds it as checkpoint.pt."""
-    path = pathlib.Path(path)
-    path = path / "checkpoint.pt" if path.is_dir() else path
-    if not path.is_file():
-        raise InputError(f"no checkpoint at {path}")
-    try:
-        with zipfile.ZipFile(path) as z:                             # a truncated file has lost its directory, at the end
-            damaged = z.testzip()
-        state = None if damaged else torch.load(path, map_location=device, weights_only=True)
-    except Exception as e:  # whatever is wrong with a foreign file, the answer to the user is the same
-        raise InputError(
-            f"{path} is not a complete checkpoint ({type(e).__name__}): truncated, or another program's file"
-        ) from e
-    if not isinstance(state, dict) or "tenbit" not in state:
-        raise InputError(f"{path} is {'damaged' if state is None else 'not a checkpoint of this program'}")
-    if state["tenbit"] != FORMAT_VERSION:
-        raise InputError(f"{path} has checkpoint version {state['tenbit']}, this program reads version {FORMAT_VERSION}")
-    return state
-
-
-def load_model(state, device="cpu", expect=None, base=None):
-    """GPT from a loaded checkpoint. expect: the GPTConfig that the run's settings ask for; a differing shape is refused. base:
-    the GPT with the weights that the checkpoint leaves out."""
-    try:
-        cfg = GPTConfig(**state["gpt"])
-    except (KeyError, TypeError) as e:
-        raise InputError(f"the checkpoint's model cannot be read by this version: {e}") from None
-    if expect is not None and expect != cfg:
-        a, b = dataclasses.asdict(cfg), dataclasses.asdict(expect)
-        raise InputError("the checkpoint's model has another shape: " +
-                         ", ".join(f"{k} {a[k]} there, {b[k]} asked for" for k in a if a[k] != b[k]))
-    model = base or GPT(cfg, device, seed=None)
-    if state.get("lora"):
-        model.adapt(**state["lora"])
-    try:
-        missing, unexpected = model.load_state_dict(state["model"], strict=base is None)
-    except (KeyError, RuntimeError) as e:
-        raise InputError(f"the checkpoint's weights do not fit its own description: {str(e).splitlines()[-1].strip()}") from None
-    if unexpected or any(model.get_parameter(n).requires_grad for n in missing):
-        raise InputError(f"the checkpoint's weights do not fit its base model: {', '.join((unexpected or missing)[:3])}")
-    return model.use(Numerics("fp32", device).hold(model.parameters()))
+        return sum(p.numel() for p in self.parameters())

@@ -1,8 +1,10 @@
-"""precision.py: number formats and the model's operators. The only file in which a number is rounded.
+"""precision.py: number formats and the model's operators. The only file in which a number is
+rounded.
 
-RL fine-tuning acts with one set of roundings and learns with another. This file makes both the same.
-`Numerics` is one number format on one device. The model, the sampler and the trainer call its operators
-and nothing else. Each operator is ordinary differentiable torch in FP32 between two casts:
+RL fine-tuning acts with one set of roundings and learns with another. This file makes both the
+same. `Numerics` is one number format on one device. The model, the sampler and the trainer call its
+operators and nothing else. Each operator is ordinary differentiable torch in FP32 between two
+casts:
 
     up(x)     the FP32 view of an input; on the way back, its gradient is rounded to the format
     down(y)   the output, rounded to the format; on the way back, the gradient passes in FP32
@@ -11,17 +13,17 @@ and nothing else. Each operator is ordinary differentiable torch in FP32 between
         gate, value = self.up(x).chunk(2, -1)
         return self.down(F.silu(gate) * value)
 
-A number is rounded there and nowhere else. Two operators have a backward pass of their own: the product,
-because the gradient of a weight must stay in FP32, and the token log-probs, because their logits must not
-all exist at once. How a value is stored depends on the device:
+A number is rounded there and nowhere else. Two operators have a backward pass of their own: the
+product, because the gradient of a weight must stay in FP32, and the token log-probs, because their
+logits must not all exist at once. How a value is stored depends on the device:
 
-    CUDA   in the format itself (torch.float16, ...). Tensor cores multiply, add up in FP32, round on output.
+    CUDA   in the format itself. Tensor cores multiply, add up in FP32, round on output.
     CPU    in FP32 tensors that hold only numbers of the format. An FP32 product, then one rounding.
 
-That is the same arithmetic. (One exception: a GPU's fused attention also rounds the probabilities before
-it multiplies the values with them.) A CPU's native half product is 5 to 40 times slower than its FP32
-product and is never used. The FP32 master weights live in the model. `refresh` rounds them once per
-update, in place, and rollout and training both read the rounded ones. Left out on purpose:
+That is the same arithmetic. (One exception: a GPU's fused attention also rounds the probabilities
+before it multiplies the values with them.) A CPU's native half product is 5 to 40 times slower than
+its FP32 product and is never used. The FP32 master weights live in the model. `refresh` rounds them
+once per update, in place, and rollout and training both read the rounded ones. Left out on purpose:
 torch.autocast, whose hidden lists of operators decide what is rounded.
 """
 import difflib
@@ -34,7 +36,8 @@ import torch.nn.functional as F
 
 
 class InputError(ValueError):
-    """The user gave something that cannot work. The commands print it as one line, without a stack trace."""
+    """The user gave something that cannot work. The commands print it as one line, without a stack
+    trace."""
 
 
 def nearest(name, known):
@@ -43,7 +46,7 @@ def nearest(name, known):
     return f", did you mean {close[0]}?" if close else ""
 
 
-# -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Formats are data
 
 
@@ -54,13 +57,14 @@ class Format:
     name: str
     exp: int
     man: int
-    native: torch.dtype | None = None   # the torch dtype that is exactly this format, if there is one
+    native: torch.dtype | None = None   # the torch dtype that is this very format, if any
 
-    eps = property(lambda f: 2.0 ** -f.man)                         # spacing of the numbers just above 1
+    eps = property(lambda f: 2.0 ** -f.man)                    # spacing of the numbers just above 1
     tiny = property(lambda f: 2.0 ** (2 - 2 ** (f.exp - 1)))        # smallest normal number
     smallest = property(lambda f: f.tiny * f.eps)                   # half of it and less becomes 0
     max = property(lambda f: 2.0 ** (2 ** (f.exp - 1) - 1) * (2 - f.eps))         # more becomes inf
-    # Gradients of an RL loss are around 1e-4 / tokens: most are below `smallest` of a narrow format.
+    # Gradients of an RL loss are around 1e-4 / tokens: most are below `smallest` of a narrow
+    # format.
     needs_loss_scaling = property(lambda f: f.exp < 8)
 
 
@@ -92,10 +96,10 @@ def parse_format(text):
 def emulate(x, fmt):
     """FP32 x -> the nearest number of any `fmt`, ties to even, as a new FP32 tensor.
 
-    A float's bit pattern is an integer that grows with the number, so rounding is integer addition: add
-    just under half of the last kept bit (exactly half if that bit is odd) and cut. A carry runs into the
-    exponent, which is right. Subnormals have a fixed spacing: adding and then subtracting 2^23 spacings
-    lets the FP32 adder round them."""
+    A float's bit pattern is an integer that grows with the number, so rounding is integer addition:
+    add just under half of the last kept bit (exactly half if that bit is odd) and cut. A carry runs
+    into the exponent, which is right. Subnormals have a fixed spacing: adding and then subtracting
+    2^23 spacings lets the FP32 adder round them."""
     cut = 23 - fmt.man
     y = x.clone()
     if cut:
@@ -110,17 +114,17 @@ def emulate(x, fmt):
     return torch.where(torch.isfinite(x), y, x)                   # inf and nan are what they were
 
 
-# -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The operators
 
 
 class Numerics:
     """One number format on one device: it rounds, multiplies, and keeps the rounded weights.
 
-    fmt: Format or its name; device: torch.device. Activations, rounded weights and the KV cache are kept
-    in `dtype`: the format's own on CUDA, FP32 wherever the format is emulated. `where` is the layer at
-    work, for messages. `spy`, if set, is called as spy(kind, where, rounded, before) with the output of
-    each operator (kind "forward") and the gradient of each input ("backward")."""
+    fmt: Format or its name; device: torch.device. Activations, rounded weights and the KV cache are
+    kept in `dtype`: the format's own on CUDA, FP32 wherever the format is emulated. `where` is the
+    layer at work, for messages. `spy`, if set, is called as spy(kind, where, rounded, before) with
+    the output of each operator (kind "forward") and the gradient of each input ("backward")."""
 
     exact = False                       # operators/exact.py: rollout and training agree bit for bit
     operators = "torch's"
@@ -161,8 +165,9 @@ class Numerics:
 
     @torch.no_grad()
     def hold(self, parameters):
-        """Keep a rounded copy of these FP32 master weights. No copy is made of what needs none: FP32
-        masters in fp32, a parameter marked `keep_fp32`, a frozen one that is rounded already."""
+        """Keep a rounded copy of these FP32 master weights. No copy is made of what needs none:
+        FP32 masters in fp32, a parameter marked `keep_fp32`, a frozen one that is rounded
+        already."""
         for p in parameters:
             fp32 = self.fmt.name == "fp32" and p.dtype == torch.float32
             if fp32 or getattr(p, "keep_fp32", False):
@@ -175,8 +180,8 @@ class Numerics:
 
     @torch.no_grad()
     def refresh(self):
-        """Round the trained masters again, in place, so that whoever reads the rounded weights (a CUDA
-        graph, for one) keeps its addresses. Called once per update."""
+        """Round the trained masters again, in place, so that whoever reads the rounded weights (a
+        CUDA graph, for one) keeps its addresses. Called once per update."""
         for p, r in self._rounded.items():
             if p.requires_grad and r.data_ptr() != p.data_ptr():
                 r.copy_(self.round(p))
@@ -190,16 +195,16 @@ class Numerics:
         return self._rounded[p]
 
     def gain(self, p):
-        """The rounded copy of a small master. p + (r - p) is exactly r, and passes the gradient on to p
-        in FP32: a straight-through estimator (Bengio et al. 2013)."""
+        """The rounded copy of a small master. p + (r - p) is exactly r, and passes the gradient on
+        to p in FP32: a straight-through estimator (Bengio et al. 2013)."""
         r = self.weight(p)
         return p + (r - p).detach() if torch.is_grad_enabled() else r.float()
 
     # -- operators. x is (..., C) in `dtype`, weights are FP32 masters
 
     def embed(self, tokens, w):
-        """tokens (B, T) int64, w (V, C) -> (B, T, C). Rounding the rows that are looked up gives the
-        rows of the rounded table."""
+        """tokens (B, T) int64, w (V, C) -> (B, T, C). Rounding the rows that are looked up gives
+        the rows of the rounded table."""
         return self.down(F.embedding(tokens, w))
 
     def linear(self, x, w, b=None):
@@ -207,12 +212,13 @@ class Numerics:
         return self.down(_Product.apply(self.operand(x), w, b, self))
 
     def add(self, x, y, scale=1.0):
-        """x + scale * y. In the residual stream two gradients meet here, and their sum is rounded."""
+        """x + scale * y. In the residual stream two gradients meet here, and their sum is
+        rounded."""
         return self.down(self.up(x) + (self.up(y) if scale == 1 else scale * self.up(y)))
 
     def mix(self, xs, weights):
-        """xs (N, K, C), weights (N, K) FP32 -> sum over k of weights * xs, (N, C). The terms are added
-        one after another: their order depends on nothing else."""
+        """xs (N, K, C), weights (N, K) FP32 -> sum over k of weights * xs, (N, C). The terms are
+        added one after another: their order depends on nothing else."""
         xs, total = self.up(xs), 0
         for k in range(xs.shape[1]):
             total = total + xs[:, k] * weights[:, k, None]
@@ -229,22 +235,22 @@ class Numerics:
         return self.down(F.silu(gate) * value)
 
     def rope(self, x, cos, sin):
-        """x (B, heads, T, D) -> the same, rotated by FP32 tables (T, D/2) or (B, 1, T, D/2). Feature i
-        is paired with i + D/2, as in the Llama and Qwen checkpoints (Su et al. 2021)."""
+        """x (B, heads, T, D) -> the same, rotated by FP32 tables (T, D/2) or (B, 1, T, D/2).
+        Feature i is paired with i + D/2, as in the Llama and Qwen checkpoints (Su et al. 2021)."""
         a, b = self.up(x).chunk(2, -1)
         return self.down(torch.cat((a * cos - b * sin, b * cos + a * sin), -1))
 
     def attention(self, q, k, v, mask=None):
         """softmax(q kᵀ / sqrt(D)) v, with grouped key/value heads.
 
-        q (B, H, Tq, D), k and v (B, KV, Tk, D), H a multiple of KV. mask None: causal when Tq == Tk,
-        everything visible when Tq == 1; else a bool mask that broadcasts to (B, 1, Tq, Tk), True where a
-        query may look. SDPA's own is_causal lines up the top left corners, which is wrong for a chunk
-        behind a cache: it is used for Tq == Tk only."""
+        q (B, H, Tq, D), k and v (B, KV, Tk, D), H a multiple of KV. mask None: causal when Tq ==
+        Tk, everything visible when Tq == 1; else a bool mask that broadcasts to (B, 1, Tq, Tk),
+        True where a query may look. SDPA's own is_causal lines up the top left corners, which is
+        wrong for a chunk behind a cache: it is used for Tq == Tk only."""
         (B, H, Tq, D), (KV, Tk) = q.shape, k.shape[1:3]
         assert mask is not None or Tq in (1, Tk)
         q, k, v = self.operand(q), self.operand(k), self.operand(v)
-        if Tq == 1 and H != KV:             # one query: the heads that share a key head become queries
+        if Tq == 1 and H != KV:          # one query: the heads that share a key head become queries
             y = F.scaled_dot_product_attention(q.reshape(B, KV, -1, D), k, v, mask)
             return self.down(y.reshape(B, H, 1, D))
         causal, grouped = mask is None and Tq > 1, H != KV
@@ -252,15 +258,16 @@ class Numerics:
         return self.down(y)
 
     def block(self, block, x, cos, sin, mask, cache):
-        """A model.Block's output if these numerics have it in one piece. None: its lines are run."""
+        """A model.Block's output if these numerics have it in one piece. None: its lines are
+        run."""
         return None
 
     # -- log-probs: the two sides of the mismatch, side by side
 
     def log_softmax(self, logits, temperature=1.0):
         """FP32 log-probs of the tempered policy (..., V). Sampler and trainer both call this one. A
-        temperature divides the *logits*. Dividing log-probs, or tempering one side only, is a mismatch
-        that no number format can mend."""
+        temperature divides the *logits*. Dividing log-probs, or tempering one side only, is a
+        mismatch that no number format can mend."""
         return torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)
 
     def logits(self, h, w):
@@ -268,19 +275,19 @@ class Numerics:
         return mm32(h, self.weight(w).t())
 
     def router_logits(self, x, w):
-        """x (N, C), w (E, C) FP32 -> x wᵀ (N, E) in FP32, with gradients: a coarse router would send
-        tokens elsewhere."""
+        """x (N, C), w (E, C) FP32 -> x wᵀ (N, E) in FP32, with gradients: a coarse router would
+        send tokens elsewhere."""
         return _Product.apply(self.up(x), w, None, self)
 
     def draw(self, logits, u, temperature=1.0):
-        """Sample one token a row by inverting the cumulative distribution at u. logits (R, V) FP32, may
-        be overwritten; u (R,) FP32 in [0, 1) -> token (R,) int64 and its FP32 log-prob under
+        """Sample one token a row by inverting the cumulative distribution at u. logits (R, V) FP32,
+        may be overwritten; u (R,) FP64 in [0, 1) -> token (R,) int64 and its FP32 log-prob under
         softmax(logits / temperature) (R,): the log-prob that the rollout records.
 
-        u * total < total for every u below 1, so the token found has a probability above 0."""
+        Sums run in FP64: in FP32, a sixth of a vocabulary of 150,000 could never be drawn. u *
+        total < total for every u below 1, so the token found has a probability above 0."""
         logp = self.log_softmax(logits, temperature)
-        p = logp.exp()
-        cdf = (p.double() if p.is_cuda else p).cumsum(-1)
+        cdf = logp.exp().double().cumsum(-1)
         token = (cdf <= u[:, None] * cdf[:, -1:]).sum(-1)
         return token, logp.gather(1, token[:, None])[:, 0]
 
@@ -293,8 +300,9 @@ class Numerics:
         """log softmax(h wᵀ / temperature) at `targets`, and the entropy of each distribution, nats.
 
         h (M, C); rows (N) picks the positions of h that are scored (None: all); targets (N) int64.
-        Returns two FP32 (N), both with gradients: the log-probs that training compares with `draw`'s.
-        The logits exist for one chunk of rows at a time: memory is chunk_bytes, not N x V."""
+        Returns two FP32 (N), both with gradients: the log-probs that training compares with
+        `draw`'s. The logits exist for one chunk of rows at a time: memory is chunk_bytes, not N x
+        V."""
         chunk = max(1, chunk_bytes // (4 * w.shape[0]))
         return _TokenLogprobs.apply(h, w, targets, rows, temperature, chunk, self)
 
@@ -309,7 +317,8 @@ class Numerics:
         return d @ self.weight(w)
 
     def probabilities(self, h, w, targets, temperature):
-        """-> softmax(h wᵀ / temperature) (N, V), its log at targets (N), its entropy (N), all FP32."""
+        """-> softmax(h wᵀ / temperature) (N, V), its log at targets (N), its entropy (N), all
+        FP32."""
         lp = self.log_softmax(self.logits(h, w), temperature)
         p = lp.exp()
         return p, lp.gather(1, targets[:, None])[:, 0], torch.special.entr(p).sum(-1)
@@ -355,8 +364,9 @@ class _Down(torch.autograd.Function):
 
 
 class _Product(torch.autograd.Function):
-    """x wᵀ + b for the rounded weights. The gradients of w and b go to their FP32 masters in FP32 and
-    unrounded: GradScaler refuses FP16 gradients, since those would overflow as micro-batches add up."""
+    """x wᵀ + b for the rounded weights. The gradients of w and b go to their FP32 masters in FP32
+    and unrounded: GradScaler refuses FP16 gradients, since those would overflow as micro-batches
+    add up."""
 
     @staticmethod
     def forward(ctx, x, w, b, num):
@@ -377,7 +387,8 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, w, targets, rows, temperature, chunk, num):
         ctx.save_for_backward(h, targets, rows)
-        ctx.w, ctx.temperature, ctx.chunk, ctx.num, ctx.where = w, temperature, chunk, num, num.where
+        ctx.w, ctx.temperature, ctx.chunk = w, temperature, chunk
+        ctx.num, ctx.where = num, num.where
         ctx.set_materialize_grads(False)
         (logp, entropy), ctx.kept = torch.empty(2, len(targets), device=h.device), None
         for s in (slice(i, i + chunk) for i in range(0, len(targets), chunk)):
@@ -401,7 +412,7 @@ class _TokenLogprobs(torch.autograd.Function):
             d = num.logits_gradient(p, targets[s], dl, de)
             if dw is not None:
                 for part, columns in zip(dw.split(1 << 14), d.t().split(1 << 14)):
-                    part += mm32(columns, hs)                   # no second tensor of the head's size
+                    part += mm32(columns, hs)                  # no second tensor of the head's size
             d = num.round(num.logits_back(d, w))
             if num.spy:
                 num.spy("backward", ctx.where, d, d)
@@ -409,14 +420,15 @@ class _TokenLogprobs(torch.autograd.Function):
         return dh, dw, None, None, None, None, None
 
 
-# -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Loss scale, mismatch
 
 
 def make_scaler(num, init_scale=2.0 ** 16):
-    """The loss scaler: on for formats with few exponent bits, else a no-op, so the loop is always the
-    same. Growth interval 400 as in the paper. Per update: scale(loss).backward() for each micro-batch,
-    unscale_ once, clip, step (skipped if a gradient is inf or nan), update (halves after a skip)."""
+    """The loss scaler: on for formats with few exponent bits, else a no-op, so the loop is always
+    the same. Growth interval 400 as in the paper. Per update: scale(loss).backward() for each
+    micro-batch, unscale_ once, clip, step (skipped if a gradient is inf or nan), update (halves
+    after a skip)."""
     return torch.amp.GradScaler(num.device.type, init_scale=init_scale, growth_interval=400,
                                 enabled=num.fmt.needs_loss_scaling)
 
@@ -436,8 +448,8 @@ def mismatch(logp_rollout, logp_train, lengths):
     Source: arXiv 2510.26788 section 3; Schulman, "Approximating KL divergence" (2020)."""
     d = (logp_rollout - logp_train).double()
     gap, ratio = d.abs(), torch.exp(-d)
-    answer = torch.repeat_interleave(torch.arange(len(lengths), device=d.device), lengths.to(d.device))
-    seq = torch.zeros(len(lengths), dtype=d.dtype, device=d.device).index_add_(0, answer, d)
+    answer = torch.arange(len(lengths), device=d.device).repeat_interleave(lengths.to(d.device))
+    seq = d.new_zeros(len(lengths)).index_add_(0, answer, d)
     found = dict(
         logp_gap_mean=gap.mean(),
         logp_gap_p99=gap.sort().values[min(len(d) - 1, int(0.99 * len(d)))],

@@ -6,10 +6,10 @@
     python sample.py --model ./Qwen2.5-0.5B-Instruct --prompt "Why is the sky blue?"
     python sample.py --model out/run1 --save out/hf                      # a folder that transformers loads
 
-The sampler prefills each prompt once, copies its cache to the n answers, and decodes all rows in one
-batch. It records the log-prob of every token as it was sampled, from the very distribution that it was
-sampled from (Numerics.draw). Training compares with these numbers and never with recomputed ones. Left
-out: top-k and top-p. Training would have to mirror them exactly.
+The sampler prefills each prompt once, copies its cache to the n answers, and decodes all rows in
+one batch. It records the log-prob of every token as it was sampled, from the very distribution that
+it was sampled from (Numerics.draw). Training compares with these numbers and never with recomputed
+ones. Left out: top-k and top-p. Training would have to mirror them exactly.
 """
 import argparse
 import json
@@ -20,33 +20,35 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data import SCRATCH, draw_problems, make_task, stream
+from data import SCRATCH, draw_problems, make_task, stream, uniforms
 from data.env import Env
 from data.tokenizer import PAD, STOP, Bytes
 from hf import tokenizer as hf_tokenizer
 from hf import weights
-from model import KVCache, load_checkpoint, load_model
+from model import KVCache
 from operators import numerics
 from operators.device import pick_device
 from operators.graph import GraphStep
 from precision import InputError
+from run.checkpoint import load_checkpoint, load_model
 from run.console import Parser, ranged, run_main
 
 
 @dataclass
 class Rollout:
-    """R answers. Rows are right-padded sequences, prompt first: position = slot, in the cache and in
-    training alike."""
+    """R answers. Rows are right-padded sequences, prompt first: position = slot, in the cache and
+    in training alike."""
     tokens: torch.Tensor            # (R, T) int64
-    logp: torch.Tensor              # (R, T) FP32, log-prob of each answer token as sampled, 0 elsewhere
+    logp: torch.Tensor          # (R, T) FP32, log-prob of each answer token as sampled, 0 elsewhere
     prompt_length: torch.Tensor     # (R,) int64
     length: torch.Tensor            # (R,) int64, prompt and answer, stop token included
     stopped: torch.Tensor           # (R,) bool, False where the answer ran into max_new_tokens
-    routes: torch.Tensor | None = None   # (R, T, MoE layers, K) int16: the experts that each token went to
+    routes: torch.Tensor | None = None  # (R, T, MoE layers, K) int16: the experts that each token went to
 
     @property
     def is_answer(self):
-        """(R, T) bool: the tokens that were sampled, stop token included. Not the prompt or padding."""
+        """(R, T) bool: the tokens that were sampled, stop token included. Not the prompt or
+        padding."""
         at = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         return (at >= self.prompt_length[:, None]) & (at < self.length[:, None])
 
@@ -74,7 +76,8 @@ class Rollout:
 
 
 class EagerStep:
-    """token (R,), u (R,) -> the next token of each row and its log-prob, one operator after another."""
+    """token (R,), u (R,) -> the next token of each row and its log-prob, one operator after
+    another."""
 
     def __init__(self, model, choose, cache):
         self.model, self.choose, self.cache = model, choose, cache
@@ -88,9 +91,9 @@ class EagerStep:
 
 
 class Sampler:
-    """Samples from `model` in the number format that the model uses at the time (model.use). stop: the
-    token that ends an answer, or a tuple of such; fast: CUDA graphs on a GPU (not for experts, whose
-    shapes depend on where tokens go)."""
+    """Samples from `model` in the number format that the model uses at the time (model.use). stop:
+    the token that ends an answer, or a tuple of such; fast: CUDA graphs on a GPU (not for experts,
+    whose shapes depend on where tokens go)."""
 
     def __init__(self, model, stop=STOP, pad=PAD, fast=True):
         self.model, self.pad = model, pad
@@ -105,12 +108,15 @@ class Sampler:
             found |= tokens == stop
         return found
 
-    def generate(self, prompts, n=1, max_new_tokens=32, temperature=1.0, seed=0):
-        """n answers to each prompt -> Rollout of len(prompts) * n rows, a prompt's answers together.
+    def generate(self, prompts, n=1, max_new_tokens=32, temperature=1.0, seed=0, first=0):
+        """n answers to each prompt -> Rollout of len(prompts) * n rows, a prompt's answers
+        together.
 
-        prompts: lists of token ids, of any lengths; temperature 0 takes the likeliest token and records
-        its log-prob under temperature 1; seed: an int or a tuple of ints. The same seed gives the same
-        answers on the same machine."""
+        prompts: lists of token ids, of any lengths; temperature 0 takes the likeliest token and
+        records its log-prob under temperature 1; seed: an int or a tuple of ints; first: the number
+        of the first prompt. An answer's random numbers follow from the seed, the number of its
+        prompt and its own: the same seed gives the same answers on the same machine, in whatever
+        pieces they are asked for."""
         cfg, device = self.model.cfg, self.model.embedding.device
         lengths = [len(p) for p in prompts]
         longest = max(lengths, default=0)
@@ -128,7 +134,7 @@ class Sampler:
         padded = torch.from_numpy(padded).to(device)
         start = torch.tensor(lengths, device=device).repeat_interleave(n)
         key = seed if isinstance(seed, tuple) else (seed,)
-        noise = torch.from_numpy(stream(*key).random((max_new_tokens, rows), np.float32))
+        noise = torch.from_numpy(uniforms(key, range(first, first + len(prompts)), n, max_new_tokens))
         out = Rollout(torch.full((rows, width), self.pad, device=device),
                       torch.zeros(rows, width, device=device), start, start.clone(),
                       torch.zeros(rows, dtype=torch.bool, device=device))
@@ -143,20 +149,21 @@ class Sampler:
         model, device = self.model, padded.device
 
         def choose(hidden, u):
-            """hidden (R, C) -> a token drawn from the policy, and its log-prob under that very policy."""
+            """hidden (R, C) -> a token drawn from the policy, and its log-prob under that very
+            policy."""
             logits = model.logits(hidden)                                           # (R, V)
             if temperature == 0:
                 return model.num.likeliest(logits)
             return model.num.draw(logits, u, temperature)
 
         cache = KVCache(model.cfg, *padded.shape, model.num)
-        hidden = model(padded, cache)                                               # each prompt once
-        row = everyone = torch.arange(len(out.tokens), device=device)               # answers in the batch
+        hidden = model(padded, cache)                                             # each prompt once
+        row = everyone = torch.arange(len(out.tokens), device=device)         # answers in the batch
         routes = self._routes(out, row // n, padded.shape[1], len(noise))
         hidden = hidden[row // n, out.prompt_length - 1]                            # (R, C)
         step = self._step(choose, cache, row // n, out, len(noise), temperature)
         del cache
-        tokens = torch.full((len(noise), len(row)), self.pad, device=device)        # (T, R): a step a row
+        tokens = torch.full((len(noise), len(row)), self.pad, device=device)  # (T, R): a step a row
         logps = torch.zeros(tokens.shape, device=device)
         done = torch.zeros(len(row), dtype=torch.bool, device=device)
         token, logp = choose(hidden, noise[0])
@@ -166,7 +173,7 @@ class Sampler:
             done |= self.ends(token)
             if t + 1 == len(noise):
                 break
-            if device.type == "cpu" or t % 16 == 15:                # on a GPU, looking means waiting
+            if device.type == "cpu" or t % 16 == 15:               # on a GPU, looking means waiting
                 alive = len(done) - int(done.sum())
                 if alive == 0:
                     break
@@ -184,7 +191,8 @@ class Sampler:
 
     def _write(self, out, tokens, logps, routes):
         """Sampled tokens (T, R) go behind the prompts, up to the first stop token. A row that had
-        finished went on being sampled until it was dropped: what follows its stop token is no answer."""
+        finished went on being sampled until it was dropped: what follows its stop token is no
+        answer."""
         is_stop = self.ends(tokens)
         live = is_stop.cumsum(0) - is_stop.long() == 0
         out.stopped |= is_stop.any(0)
@@ -197,9 +205,9 @@ class Sampler:
             out.routes[at] = routes
 
     def _routes(self, out, prompt_of, width, steps):
-        """With experts: where the prompts' tokens went is written to out.routes, and room is made for
-        those of the answers, (T, R, MoE layers, K)."""
-        routes = self.model.routes()                                                # (P, W, layers, K)
+        """With experts: where the prompts' tokens went is written to out.routes, and room is made
+        for those of the answers, (T, R, MoE layers, K)."""
+        routes = self.model.routes()                                             # (P, W, layers, K)
         if routes is None:
             return None
         out.routes = routes.new_zeros(*out.tokens.shape, *routes.shape[2:])
@@ -208,7 +216,7 @@ class Sampler:
 
     def _step(self, choose, cache, prompt_of, out, steps, temperature):
         """What decodes one token after another: a CUDA graph, or one operator after another."""
-        if self.graphs is None or steps < 16:                       # recording takes a few steps' time
+        if self.graphs is None or steps < 16:                    # recording takes a few steps' time
             ragged = bool((out.prompt_length != out.prompt_length[0]).any())
             lengths = out.prompt_length.clone() if ragged else None
             return EagerStep(self.model, choose, cache.rows(prompt_of, lengths, room=steps - 1))
@@ -216,7 +224,7 @@ class Sampler:
         width = -(-width // (64 if width <= 256 else 256)) * (64 if width <= 256 else 256)
         key = rows, width, temperature, self.model.num
         if key not in self.graphs:
-            while len(self.graphs) > 1:                             # each holds a KV cache: keep two
+            while len(self.graphs) > 1:                            # each holds a KV cache: keep two
                 del self.graphs[next(iter(self.graphs))]
             self.graphs[key] = GraphStep(self.model, choose, rows, width)
         return self.graphs[key].start(cache, prompt_of, out.prompt_length)
@@ -224,18 +232,19 @@ class Sampler:
 
 def pass_at_k(n, c, k):
     """Probability that at least one of k answers is right, estimated without bias from c right ones
-    among n >= k tries: 1 - C(n - c, k) / C(n, k) (Chen et al. 2021). Example: pass_at_k(4, 1, 2) == 0.5."""
+    among n >= k tries: 1 - C(n - c, k) / C(n, k) (Chen et al. 2021). Example: pass_at_k(4, 1, 2) ==
+    0.5."""
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def solve(sampler, env, problems, n, seed, max_new_tokens=None, temperature=1.0, rows=512, progress=None):
-    """n answers to each problem, `rows` of them at a time -> how many of the n were right, a problem
-    each. An answer that was cut off counts as wrong. env: data.env.Env."""
+    """n answers to each problem, `rows` of them at a time -> how many of the n were right, a
+    problem each. An answer that was cut off counts as wrong. env: data.env.Env."""
     right, per = [], max(1, rows // n)
     for i in range(0, len(problems), per):
         part = problems[i:i + per]
         out = sampler.generate([env.tokens(p) for p in part], n, max_new_tokens or env.answer_length,
-                               temperature, (*seed, i))
+                               temperature, seed, first=i)
         good = [r == 1.0 for r in env.rewards(part, out)]
         right += [sum(good[j:j + n]) for j in range(0, len(good), n)]
         if progress:
@@ -243,13 +252,13 @@ def solve(sampler, env, problems, n, seed, max_new_tokens=None, temperature=1.0,
     return right
 
 
-# -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
 
 
 def open_model(path, device):
-    """-> (model, its tokenizer, the settings of the run that made it). path: a run's folder, a checkpoint
-    file, or the folder of a Hugging Face checkpoint."""
+    """-> (model, its tokenizer, the settings of the run that made it). path: a run's folder, a
+    checkpoint file, or the folder of a Hugging Face checkpoint."""
     path = pathlib.Path(path)
     if (path / "config.json").exists() and not (path / "checkpoint.pt").exists():
         return weights.load(path, device), hf_tokenizer.load_tokenizer(path), dict(model=str(path))

@@ -3,15 +3,15 @@
     python train_rl.py                                    # the main job, on whatever device is here
     python train_rl.py --precision bf16                   # the same job with 7 mantissa bits
     python train_rl.py --model ./Qwen2.5-0.5B-Instruct --task gsm8k      # a checkpoint of the hub
-    python train_rl.py --precision fp32 --rollout-precision bf16         # two roundings: watch the gap
+    python train_rl.py --precision fp32 --rollout-precision bf16    # two roundings: watch the gap
     python train_rl.py --exact                            # no mismatch: the same bits on both sides
     python train_rl.py --algo gspo --updates-per-batch 4  # other algorithms: algorithms.py has them
     python train_rl.py --resume out/run1                  # go on, bit for bit, where a run stopped
 
-The job is the paper's sanity test (arXiv 2510.26788, section 4.2) in miniature. A base model imitates a
-noisy demonstrator. Of a pool of problems those are kept that it solves in 20 % to 80 % of its tries. RL
-trains on that fixed set. Each of its problems is known to be solvable and none is trivial, so a sound
-algorithm must come near 100 % on it: PASS is 95 %.
+The job is the paper's sanity test (arXiv 2510.26788, section 4.2) in miniature. A base model
+imitates a noisy demonstrator. Of a pool of problems those are kept that it solves in 20 % to 80 %
+of its tries. RL trains on that fixed set. Each of its problems is known to be solvable and none is
+trivial, so a sound algorithm must come near 100 % on it: PASS is 95 %.
 
 One step, top to bottom in `train` below:
     problems -> prompts -> answers, each token's log-prob recorded as it was sampled -> rewards
@@ -19,9 +19,10 @@ One step, top to bottom in `train` below:
     -> mismatch metrics, before any update -> policy loss -> scaled backward -> unscale, clip, step
     -> weights rounded again, in place -> one metrics line
 
-Names: P prompts, G answers per prompt, R = P * G answers of T columns. mu is the policy that acts (its
-log-probs are `logp_rollout`), pi the policy that learns. What differs between GRPO, GSPO, DAPO and the
-rest is in algorithms.py. What surrounds the loop is in run/. Left out: a critic, a Trainer class.
+Names: P prompts, G answers per prompt, R = P * G answers of T columns. mu is the policy that acts
+(its log-probs are `logp_rollout`), pi the policy that learns. What differs between GRPO, GSPO, DAPO
+and the rest is in algorithms.py. What surrounds the loop is in run/. Left out: a critic, a Trainer
+class.
 """
 import dataclasses
 import math
@@ -31,146 +32,130 @@ from functools import partial
 
 import torch
 
-from algorithms import ALGORITHMS, Tokens, correct, count, decoupled, overlong, policy_loss, rejects
-from data import REAL, SCRATCH, Problem
-from operators import numerics, why_plain
-from operators.device import pick_device, reproducible
+from algorithms import (ALGORITHMS, Tokens, correct, decoupled, overlong, parse_correction,
+                        policy_loss, truncate)
+from data import REAL, SCRATCH
+from operators.device import reproducible
 from precision import InputError, make_scaler, parse_format
-from run import base, checks, flags, memory, problems
+from run import base, checks, flags, memory, problems, start
 from run.console import run_main
-from run.curves import draw
 from run.flags import setting
-from run.folder import Run, State, interruptible, load_saved, provenance
-from run.lines import Notes, banner, say, step_line, verdict
+from run.folder import Run, interruptible, load_saved, provenance
+from run.lines import Notes, say, step_line
 from run.meter import Meter
-from sample import Rollout, Sampler, solve
+from sample import Rollout, Sampler
 
 # What nobody changes. Adam's eps is small, since RL gradients are small: 1e-8 would damp them.
 ADAM = dict(betas=(0.9, 0.95), eps=1e-15, weight_decay=0.0)
 GRAD_CLIP = 1.0                         # largest norm of the whole gradient
-WARMUP = 6                              # updates of linear rise: Adam's first ones move every weight by lr
-PASS = 0.95                             # training accuracy, as in the paper
+WARMUP = 6                            # updates of linear rise: Adam's first move every weight by lr
 
-# -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Settings. Each is a flag, and says all that is known of it here (run/flags.py)
 
-run_, task_, real_, base_, rl_, num_, size_ = (
-    partial(setting, group) for group in (
-        "the run", "the task", "a real model", "a model from scratch", "RL", "precision", "size of the pieces"))
+run_, task_, real_, base_, rl_, num_, size_ = (partial(setting, group) for group in (
+    "the run", "the task", "a real model", "a model from scratch", "RL", "precision", "sizes"))
+later, free, common = dict(later=True), dict(free=True), dict(common=True)
+both = later | free
 SCRATCHED = "without --model", lambda c: not c.model
 READING = "with --model", lambda c: bool(c.model)
 DRAWN = f"for the tasks {', '.join(SCRATCH)}", lambda c: c.task in SCRATCH
-IMITATED = f"for the tasks {', '.join(SCRATCH)} without --model", lambda c: c.task in SCRATCH and not c.model
+IMITATED = f"{DRAWN[0]} without --model", lambda c: c.task in SCRATCH and not c.model
 RATIO = "for algorithms whose loss has a ratio", lambda c: ALGORITHMS[c.algo].has_ratio
 EXPERTS = "for models with experts", lambda c: bool(c.n_experts or c.model)
-SCALED = "for training formats of fewer than 8 exponent bits", lambda c: parse_format(c.train_format).exp < 8
+SCALED = "in fewer than 8 exponent bits", lambda c: parse_format(c.precision).exp < 8
 
 
 @dataclass
 class Config:
-    preset: str = run_("auto", "two sets of defaults; auto takes the device's", choices=("auto", "cpu", "gpu"), free=True)
-    device: str = run_("auto", "auto, cpu, cuda or cuda:N", later=True, free=True)
-    seed: int = run_(0, "everything random follows from it", 0, 2 ** 31, free=True, common=True)
-    out: str = run_("", "folder of this run (default: the next free out/runN)", free=True, common=True)
-    save_every: int = run_(25, "steps between checkpoints", 1, 10 ** 6, model=50, later=True, free=True)
-    sample_every: int = run_(10, "steps between entries of samples.jsonl", 1, 10 ** 6, model=1, later=True, free=True)
+    preset: str = run_("auto", "two sets of defaults; auto takes the device's",
+                       choices=("auto", "cpu", "gpu"), **free)
+    device: str = run_("auto", "auto, cpu, cuda or cuda:N", **both)
+    seed: int = run_(0, "everything random follows from it", 0, 2 ** 31, **free, **common)
+    out: str = run_("", "folder of this run (default: the next out/runN)", **free, **common)
+    save_every: int = run_(25, "steps between checkpoints", 1, 10 ** 6, model=50, **both)
+    sample_every: int = run_(10, "steps between samples.jsonl's entries", 1, 10 ** 6, model=1, **both)
 
-    task: str = task_("addition", f"what to learn: {', '.join(SCRATCH)}, yours.py; with --model also {', '.join(REAL)}",
-                      common=True)
-    digits: int = task_(3, "length of the numbers, and with it of the chain of thought", 1, 200, gpu=20, when=DRAWN)
-    noise: float = task_(0.15, "how often the base model's demonstrator gets a column wrong", 0.0, 0.9, gpu=0.025,
-                         when=IMITATED)
-    data: str = task_("", "JSON Lines file of problems to train on in place of drawn ones", common=True)
-    heldout: str = task_("256", "problems, not in the pool, for pass@1 before and after, 0: none; or a file of such")
-    pool: int = task_(256, "problems to choose from; 0: all that there are", 0, 10 ** 6, gpu=1024, model=0)
-    keep: tuple = task_((0.2, 0.8), "keep problems that the base solves at least and at most this often", 0.0, 1.0,
-                        model=(0.0, 1.0))
+    task: str = task_("addition", f"what to learn: {', '.join(SCRATCH)}, yours.py; with --model "
+                      f"also {', '.join(REAL)}", **common)
+    digits: int = task_(3, "length of the numbers, and of the working", 1, 200, gpu=20, when=DRAWN)
+    noise: float = task_(0.15, "how often the base's demonstrator gets a column wrong", 0.0, 0.9,
+                         gpu=0.025, when=IMITATED)
+    data: str = task_("", "JSON Lines file of problems, in place of drawn ones", **common)
+    heldout: str = task_("256", "problems, not in the pool, for pass@1 before and after (0: none); or "
+                         "a file of such")
+    pool: int = task_(256, "problems to choose from; 0: all there are", 0, 10 ** 6, gpu=1024, model=0)
+    keep: tuple = task_((0.2, 0.8), "problems that the base solves at least, at most this often",
+                        0.0, 1.0, model=(0.0, 1.0))
 
-    model: str = real_("", "folder of a Hugging Face checkpoint (Qwen2, Qwen3, Qwen3-MoE, Llama) to start from",
-                       common=True)
+    model: str = real_("", "folder of a Hugging Face checkpoint (Qwen2, Qwen3, Llama)", **common)
     prompt_form: str = real_("auto", "how a problem is put to it; auto: as its chat template would",
                              choices=("auto", "plain", "chatml", "llama3", "r1"), when=READING)
-    max_answer: int = real_(0, "longest answer, tokens (0: the task's own, else 512)", 0, 10 ** 6, when=READING)
-    lora_rank: int = real_(0, "train adapters of this rank and freeze the rest; 0: train all weights", 0, 4096)
-    recompute: bool = real_(False, "keep a block's input only and compute it again on the way back: less memory, a third "
-                            "more work", model=True, later=True, free=True)
-    replay_routing: bool = real_(False, "training sends each token to the experts that it met in the rollout",
-                                 later=True, when=EXPERTS)
+    max_answer: int = real_(0, "longest answer, tokens (0: the task's own, else 512)", 0, 10 ** 6,
+                            when=READING)
+    lora_rank: int = real_(0, "train adapters of this rank, freeze the rest; 0: train all", 0, 4096)
+    recompute: bool = real_(False, "keep a block's input only, compute it again on the way back: "
+                            "less memory, a third more work", model=True, **both)
+    replay_routing: bool = real_(False, "training sends a token to the experts of its rollout",
+                                 when=EXPERTS, **later)
 
     n_layers: int = base_(4, "transformer blocks", 1, 200, gpu=8, when=SCRATCHED)
-    width: int = base_(128, "width of the residual stream; heads and MLP follow from it", 8, 16384, gpu=512,
+    width: int = base_(128, "width of the residual stream; heads and MLP follow", 8, 16384, gpu=512,
                        when=SCRATCHED)
-    n_experts: int = base_(0, "experts in the MLP's place, of which a token goes to 2; 0: none", 0, 1024, when=SCRATCHED)
+    n_experts: int = base_(0, "experts in the MLP's place, of which a token goes to 2", 0, 1024,
+                           when=SCRATCHED)
     base_steps: int = base_(400, "imitation steps", 1, 10 ** 6, gpu=2000, when=SCRATCHED)
     base_batch: int = base_(32, "demonstrations a step", 1, 10 ** 5, gpu=256, when=SCRATCHED)
-    base_lr: float = base_(2e-3, "peak learning rate of imitation", 0.0, 1.0, gpu=1e-3, when=SCRATCHED)
+    base_lr: float = base_(2e-3, "its peak learning rate", 0.0, 1.0, gpu=1e-3, when=SCRATCHED)
 
-    steps: int = rl_(80, "RL steps", 1, 10 ** 7, model=200, later=True, common=True)
-    prompts: int = rl_(64, "P, problems a step", 1, 10 ** 5, common=True)
-    group: int = rl_(8, "G, answers per problem; their mean reward is the baseline", 2, 4096, common=True)
-    algo: str = rl_("dr-grpo", f"{', '.join(ALGORITHMS)}; --help-all says what each is", later=True, free=True,
-                    common=True)
-    old_policy: str = rl_("rollout", "what the ratio compares pi with: rollout, the recorded mu; recomputed, pi before "
-                          "the batch's first update, which hides the mismatch unless a correction brings it back",
-                          choices=("rollout", "recomputed"), later=True, free=True, when=RATIO)
-    correction: str = rl_("none", "weight pi/mu for what mu sampled, of a token or an answer: token-is, token-tis, "
-                          "token-mis, seq-is, seq-tis, seq-mis, geometric; -is as it is, -tis truncated, -mis rejected "
-                          "outside a band; another cap as in seq-mis:10, another band as in token-mis:0.5:5",
-                          later=True, free=True)
-    updates_per_batch: int = rl_(1, "updates from one rollout, each with its share of the prompts (the paper: 4)",
-                                 1, 10 ** 4, free=True)
-    kl_beta: float = rl_(0.0, "weight of KL[pi || base model] (k3) in the loss; the paper: 0", 0.0, 1e6, free=True)
-    dynamic_sampling: int = rl_(1, "rollouts a step at most, to replace groups that agree; 1: they stay", 1, 100,
-                                later=True, free=True)
-    overlong: int = rl_(0, "tokens before the longest answer in which the reward falls to -1", 0, 10 ** 6,
-                        later=True, free=True)
-    lr: float = rl_(6e-4, "peak learning rate", 0.0, 1.0, gpu=1e-4, model=1e-6, lora=4e-5, later=True, common=True)
+    steps: int = rl_(80, "RL steps", 1, 10 ** 7, model=200, **later, **common)
+    prompts: int = rl_(64, "P, problems a step", 1, 10 ** 5, **common)
+    group: int = rl_(8, "G, answers per problem; their mean is the baseline", 2, 4096, **common)
+    algo: str = rl_("dr-grpo", f"{', '.join(ALGORITHMS)}: see --help-all", **both, **common)
+    old_policy: str = rl_(
+        "rollout", "what the ratio compares pi with: rollout, the recorded mu; recomputed, pi before "
+        "the batch's first update, which hides the mismatch unless a correction brings it back",
+        choices=("rollout", "recomputed"), when=RATIO, **both)
+    correction: str = rl_(
+        "none", "weight pi/mu for what mu sampled, of a token or an answer: token-is, token-tis, "
+        "token-mis, seq-is, seq-tis, seq-mis, geometric; -is as it is, -tis truncated, -mis "
+        "rejected outside a band; another cap as in seq-mis:10, another band as in token-mis:0.5:5", **both)
+    updates_per_batch: int = rl_(1, "updates from one rollout, each with its share of the prompts "
+                                 "(the paper: 4)", 1, 10 ** 4, **free)
+    kl_beta: float = rl_(0.0, "weight of KL[pi || base model] in the loss", 0.0, 1e6, **free)
+    dynamic_sampling: int = rl_(1, "rollouts a step, to replace groups that agree", 1, 100, **both)
+    overlong: int = rl_(0, "tokens before the longest answer in which the reward falls to -1", 0,
+                        10 ** 6, **both)
+    lr: float = rl_(6e-4, "peak learning rate", 0.0, 1.0, gpu=1e-4, model=1e-6, lora=4e-5,
+                    **later, **common)
     lr_schedule: str = rl_("linear", "linear falls to 0 at the last step, constant stays",
-                           choices=("linear", "constant"), model="constant", later=True)
-    clip: tuple = rl_((0.2, 0.2), "the ratio counts from 1 - LOW to 1 + HIGH", 0.0, 100.0, later=True, free=True,
-                      when=RATIO)
+                           choices=("linear", "constant"), model="constant", **later)
+    clip: tuple = rl_((0.2, 0.2), "the ratio counts from 1 - LOW to 1 + HIGH", 0.0, 100.0,
+                      when=RATIO, **both)
     temperature: float = rl_(1.0, "divides the logits, in sampling and in training", 0.01, 100.0)
 
-    precision: str = num_("fp16", "number format of rollout and training: fp32, tf32, bf16, fp16 or eXmY",
-                          later=True, free=True, common=True)
-    rollout_precision: str = num_("", "... of the rollout, if it is another", later=True, free=True)
-    exact: bool = num_(False, "rollout and training give every token the same log-prob, bit for bit", later=True,
-                       free=True, common=True)
-    init_scale: float = num_(2.0 ** 16, "first loss scale", 1.0, 2.0 ** 40, free=True, when=SCALED)
+    precision: str = num_("fp16", "number format: fp32, tf32, bf16, fp16 or eXmY", **both, **common)
+    rollout_precision: str = num_("", "... of the rollout, if it is another", **both)
+    exact: bool = num_(False, "rollout and training give a token the same log-prob, bit for bit",
+                       **both, **common)
+    init_scale: float = num_(2.0 ** 16, "first loss scale", 1.0, 2.0 ** 40, when=SCALED, **free)
 
-    micro_batch: int = size_(128, "answers per forward and backward pass", 1, 10 ** 5, gpu=512, model=16, later=True,
-                             free=True)
-    rollout_rows: int = size_(512, "answers decoded at once", 1, 10 ** 6, gpu=4096, model=256, later=True, free=True)
-    fast: bool = size_(True, "plain operators, to read and to compare: no compiled code, no CUDA graphs", later=True,
-                       free=True)
+    micro_batch: int = size_(128, "answers per forward and backward pass", 1, 10 ** 5, gpu=512,
+                             model=16, **both)
+    rollout_rows: int = size_(512, "answers decoded at once", 1, 10 ** 6, gpu=4096, model=256,
+                              **both)
+    fast: bool = size_(True, "plain operators, to read and to compare: no compiled code, no graphs",
+                       **both)
 
     rollout_format = property(lambda c: c.rollout_precision or c.precision)
     train_format = property(lambda c: c.precision)
     eval_tries = property(lambda c: 1 if c.model else 4)         # sampled answers per problem
-    # Imitation and the choice of problems: one format, so that all --precision start from the same
+    # Imitation and the choice of problems: one format, so that every --precision starts from the
+    # same
     base_precision = property(lambda c: "fp16" if c.model or c.preset == "gpu" else "fp32")
 
 
-def check(cfg, given=()):
-    """Complain, in one line, about settings that cannot work together, and about flags without effect."""
-    for name in (cfg.rollout_format, cfg.train_format):
-        parse_format(name)
-    flags.refuse_idle(cfg, given)
-    if cfg.exact and parse_format(cfg.rollout_format) != parse_format(cfg.train_format):
-        raise InputError(f"--exact needs one format on both sides, not {cfg.rollout_format} and {cfg.train_format}")
-    weights = cfg.correction not in ("none",) and not cfg.correction.startswith("geometric")
-    if weights and ALGORITHMS[cfg.algo].has_ratio and not decoupled(cfg):
-        raise InputError(f"--correction {cfg.correction}: the ratio of --algo {cfg.algo} against the rollout holds the "
-                         "mismatch already, and a weight would count it twice; add --old-policy recomputed")
-    rejects(cfg.correction)
-    if cfg.prompts % cfg.updates_per_batch:
-        raise InputError(f"--prompts {cfg.prompts} must be a multiple of --updates-per-batch {cfg.updates_per_batch}")
-    if cfg.keep[0] > cfg.keep[1]:
-        raise InputError(f"--keep {cfg.keep[0]:g} {cfg.keep[1]:g}: the first is above the second, no problem can be kept")
-    return cfg
-
-
-# -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Act
 
 
@@ -180,26 +165,28 @@ class Batch:
     rollout: Rollout
     problems: list = ()
     rewards: torch.Tensor | None = None             # (P, G) FP32
-    seen: torch.Tensor | None = None                # those of every answer of the step, also of replaced groups
+    seen: torch.Tensor | None = None    # those of every answer of the step, also of replaced groups
     advantage: torch.Tensor | None = None           # (R,)
-    logp_old: torch.Tensor | None = None            # (R, T) log pi_old, where it is neither mu nor pi itself
+    logp_old: torch.Tensor | None = None   # (R, T) log pi_old, where it is neither mu nor pi itself
     logp_reference: torch.Tensor | None = None      # (R, T)
 
     def micro_batches(self, rows, size):
-        """Answers of like length together: -> (their rows, the length of the longest), `size` at a time."""
+        """Answers of like length together: -> (their rows, the length of the longest), `size` at a
+        time."""
         length = self.rollout.length
         rows = rows[torch.argsort(length[rows], stable=True)]
         for part in rows.split(size) if len(rows) else ():
             yield part, int(length[part[-1]])
 
 
-def collect(sampler, env, asked, cfg, seed):
-    """G answers to each problem, --rollout-rows at a time -> Rollout, rewards (P, G). Cut off: 0."""
+def collect(sampler, env, asked, cfg, seed, first=0):
+    """G answers to each problem, --rollout-rows at a time -> Rollout, rewards (P, G). Cut off: 0.
+    first: the number of the first problem, for the random numbers of its answers."""
     per, parts = max(1, cfg.rollout_rows // cfg.group), []
     for i in range(0, len(asked), per):
         tokens = [env.tokens(p) for p in asked[i:i + per]]
-        key = (*seed, i) if i else seed
-        parts.append(sampler.generate(tokens, cfg.group, env.answer_length, cfg.temperature, key))
+        parts.append(sampler.generate(tokens, cfg.group, env.answer_length, cfg.temperature, seed,
+                                      first + i))
     rollout = Rollout.join(parts, sampler.pad)
     rewards = torch.tensor(env.rewards(asked, rollout)).view(-1, cfg.group)
     return rollout, rewards.to(rollout.tokens.device)
@@ -213,28 +200,29 @@ def agree(rewards):
 def act(sampler, env, state, cfg, step):
     """One step's answers: P problems, G answers each -> Batch. state.drawn moves on.
 
-    With dynamic sampling (DAPO: Yu et al. 2025, section 3.2) groups that agree are replaced by those of
-    the next P problems, up to cfg.dynamic_sampling rollouts. What is still missing then is filled with
-    groups that agree. `seen` has all answers of the step, for an accuracy that no choice has touched."""
+    With dynamic sampling (DAPO: Yu et al. 2025, section 3.2) groups that agree are replaced by
+    those of the next P problems, up to cfg.dynamic_sampling rollouts. What is still missing then is
+    filled with groups that agree. `seen` has all answers of the step, for an accuracy that no
+    choice has touched."""
     parts, asked, seen = [], [], []
     for again in range(cfg.dynamic_sampling):
         some = problems.problems_of_step(state.problems, state.drawn, cfg)
         state.drawn += cfg.prompts
-        key = (cfg.seed, 7, step, again) if again else (cfg.seed, 7, step)
-        rollout, rewards = collect(sampler, env, some, cfg, key)
+        key, first = (cfg.seed, 7, step), again * cfg.prompts
+        rollout, rewards = collect(sampler, env, some, cfg, key, first)
         parts, asked, seen = [*parts, rollout], asked + some, [*seen, rewards]
         if sum(int((~agree(r)).sum()) for r in seen) >= cfg.prompts:
             break
     rollout, seen = Rollout.join(parts, sampler.pad), torch.cat(seen)
     if len(parts) == 1:
         return Batch(rollout, asked, seen, seen)
-    groups = torch.argsort(agree(seen).int(), stable=True)[:cfg.prompts]     # those with signal first ...
-    groups = groups.sort().values                       # ... and then as they came: each update gets its share
+    # Those with signal first, and then as they came: each update gets its share.
+    groups = torch.argsort(agree(seen).int(), stable=True)[:cfg.prompts].sort().values
     rows = (groups[:, None] * cfg.group + torch.arange(cfg.group, device=groups.device)).flatten()
     return Batch(rollout.rows(rows), [asked[g] for g in groups.tolist()], seen[groups], seen)
 
 
-# -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Learn
 
 
@@ -245,7 +233,8 @@ def padded(flat, where):
 
 @torch.no_grad()
 def score(model, batch, cfg, rows=None):
-    """Log-probs of the answers `rows` (default: all) under this model as it is, (R, T), zeros elsewhere."""
+    """Log-probs of the answers `rows` (default: all) under this model as it is, (R, T), zeros
+    elsewhere."""
     rollout, out = batch.rollout, torch.zeros_like(batch.rollout.logp)
     rows = torch.arange(len(out), device=out.device) if rows is None else rows
     answer = rollout.is_answer
@@ -257,33 +246,34 @@ def score(model, batch, cfg, rows=None):
 
 
 def forward(model, batch, part, end, cfg, room):
-    """The training forward over the answers `part`, `end` columns -> Tokens, what a loss may look at."""
+    """The training forward over the answers `part`, `end` columns -> Tokens, what a loss may look
+    at."""
     r, where = batch.rollout, batch.rollout.is_answer[part, :end]
     replay = r.routes[part] if cfg.replay_routing else None
     logp, entropy = model.token_logprobs(r.tokens[part, :end], where, cfg.temperature, replay)
-    old = batch.logp_old if decoupled(cfg) else r.logp
-    old, mu, reference = (None if x is None else x[part, :end] for x in (old, r.logp, batch.logp_reference))
-    return Tokens(where, padded(logp, where), padded(entropy, where), mu, old, batch.advantage[part], reference,
-                  cfg.clip, room)
+    every = r.logp, batch.logp_old if decoupled(cfg) else r.logp, batch.logp_reference
+    mu, old, reference = (None if x is None else x[part, :end] for x in every)
+    return Tokens(where, padded(logp, where), padded(entropy, where), mu, old,
+                  batch.advantage[part], reference, cfg.clip, room)
 
 
 def denominator(model, batch, rows, cfg, room):
     """What the loss over the answers `rows` is divided by, known before the backward pass. What a
     correction rejects is not counted, and what it rejects depends on pi or pi_old."""
     mask = batch.rollout.is_answer[rows]
-    if rejects(cfg.correction):
+    if parse_correction(cfg.correction)[1] is not truncate:
         known = batch.logp_old if decoupled(cfg) else None
         logp = score(model, batch, cfg, rows) if known is None else known
         _, mask = correct(cfg.correction, (logp - batch.rollout.logp)[rows], mask)
-    return count(cfg, mask, room)
+    return float(ALGORITHMS[cfg.algo].average(mask, room)[1].sum())
 
 
 def learn(model, batch, cfg, scaler, room, meter=None, rows=None):
-    """Forward and backward over the answers `rows` (default: all), in micro-batches. room: tokens of the
-    longest answer possible. Returns the loss.
+    """Forward and backward over the answers `rows` (default: all), in micro-batches. room: tokens
+    of the longest answer possible. Returns the loss.
 
-    Answers without advantage have no gradient, but that of a KL penalty: they go forward only, so that
-    the mismatch is measured on all tokens."""
+    Answers without advantage have no gradient, but that of a KL penalty: they go forward only, so
+    that the mismatch is measured on all tokens."""
     device = batch.rollout.tokens.device
     rows = torch.arange(len(batch.advantage), device=device) if rows is None else rows
     divisor, loss = denominator(model, batch, rows, cfg, room), 0.0
@@ -293,7 +283,7 @@ def learn(model, batch, cfg, scaler, room, meter=None, rows=None):
             with torch.set_grad_enabled(learns):
                 t = forward(model, batch, part, end, cfg, room)
                 part_loss, stats = policy_loss(cfg, t)
-            if learns and divisor:                      # all rejected: no step, and not one of momentum alone
+            if learns and divisor:            # all rejected: no step, and not one of momentum alone
                 with reproducible(device):
                     scaler.scale(part_loss / divisor).backward()
                 loss += part_loss.detach() / divisor
@@ -303,15 +293,16 @@ def learn(model, batch, cfg, scaler, room, meter=None, rows=None):
 
 
 def update(model, optimizer, scaler, lr):
-    """Unscale once, clip, step, update: in this order. -> (gradient norm, whether the scaler skipped it)."""
-    if all(p.grad is None for p in model.parameters()):             # no answer had an advantage: nothing to do
+    """Unscale once, clip, step, update: in this order. -> (gradient norm, whether the scaler
+    skipped it)."""
+    if all(p.grad is None for p in model.parameters()):  # no answer had an advantage: nothing to do
         return 0.0, False
     for group in optimizer.param_groups:
         group["lr"] = lr
     before = scaler.get_scale()
-    scaler.unscale_(optimizer)                                      # clipping a scaled gradient would clip the wrong thing
+    scaler.unscale_(optimizer)               # clipping a scaled gradient would clip the wrong thing
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
-    if scaler.is_enabled() or math.isfinite(norm):                  # without a scaler, this keeps a NaN out
+    if scaler.is_enabled() or math.isfinite(norm):          # without a scaler, this keeps a NaN out
         scaler.step(optimizer)
         scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -321,89 +312,52 @@ def update(model, optimizer, scaler, lr):
 def learning_rate(cfg, updates):
     """Counted in updates: a step that the loss scaler skips must not use up the warm-up."""
     rise = 1.0 if cfg.model else min(1.0, (updates + 1) / (WARMUP + 1))
-    fall = max(0.0, 1 - updates / (cfg.steps * cfg.updates_per_batch)) if cfg.lr_schedule == "linear" else 1.0
-    return cfg.lr * min(rise, fall)
+    fall = max(0.0, 1 - updates / (cfg.steps * cfg.updates_per_batch))
+    return cfg.lr * min(rise, fall if cfg.lr_schedule == "linear" else 1.0)
 
 
-# -----------------------------------------------------------------------------------------------------
+def score_before(model, reference, batch, cfg):
+    """Log-probs that are asked before the batch's first update: those of the reference, for a KL
+    penalty, and pi_old's if the policy is about to move under it. Before the first update pi_old is
+    pi, and costs nothing. Returns pi's, (R, T), where they were asked, else None."""
+    if cfg.kl_beta:
+        model.adapters(False)                    # with LoRA, the policy as it was is the base alone
+        batch.logp_reference = score(reference or model, batch, cfg)
+        model.adapters(True)
+    if cfg.updates_per_batch == 1 or not (decoupled(cfg) or cfg.exact):
+        return None
+    batch.logp_old = score(model, batch, cfg)
+    return batch.logp_old
+
+
+# --------------------------------------------------------------------------------------------------
 # The run
 
 
-def longest_step(cfg, env, learning, model, tokens, prompt_length):
-    """Forward and backward over sequences of full length, for the rehearsal."""
-    length = torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
-    rollout = Rollout(tokens, tokens.float(), torch.full_like(length, prompt_length), length, length > 0)
-    batch = Batch(rollout, advantage=torch.ones(len(tokens), device=tokens.device))
-    once = dataclasses.replace(cfg, micro_batch=len(tokens), replay_routing=False, correction="none", kl_beta=0.0)
-    learn(model, batch, once, make_scaler(learning), env.answer_length)
-
-
-def prepare(cfg, given, saved):
-    """-> task, state, numerics of both sides, model. What can fail at once comes before what takes a
-    minute. saved: the checkpoint to go on from."""
-    device, env = pick_device(cfg.device), base.load_task(cfg)
-    acting, learning = (numerics(f, device, cfg.fast, cfg.exact) for f in (cfg.rollout_format, cfg.train_format))
-    acting = learning if acting.fmt == learning.fmt else acting     # literally the same rounded weights
-    say(f"preset {cfg.preset}: {'asked for' if 'preset' in given else 'the device is ' + device.type}"
-        + "".join(f" | {k} {flags.plain(v)}" for k, v in given.items() if k not in ("preset", "out")))
-    say(banner(acting, learning, make_scaler(learning, cfg.init_scale)))
-    if cfg.fast and device.type == "cpu" and why_plain(device):
-        say(f"note: plain operators, slower than the compiled ones: {why_plain(device)}")
-    if saved:
-        env.prompt_length, state = saved["prompt_length"], State()
-        state.problems = [Problem(*p) for p in saved["problems"]]
-    else:
-        state = State(*problems.choose_problems(cfg, env), changed=flags.changed(cfg))
-    if cfg.overlong > env.answer_length:
-        raise InputError(f"--overlong {cfg.overlong} is longer than the longest answer, {env.answer_length} tokens")
-    rehearse = partial(memory.rehearse, cfg, env, acting, learning, partial(longest_step, cfg, env, learning))
-    if not cfg.model:
-        rehearse()
-    model = base.load_policy(cfg, env, device, saved, learning if acting is learning else None)
-    if cfg.model:
-        rehearse(model)
-    for num in {acting, learning}:
-        num.hold(model.parameters())
-    if cfg.model and not saved:
-        prompt = torch.tensor([env.tokens(state.problems[0])], device=device)
-        base.weights.warn_of_overflow(model.use(learning), prompt, say)
-    return env, state, acting, learning, model
-
-
-def exact_self_test(model, sampler, env, pool, cfg, learning):
-    """A step of this job's own sizes, with a gradient and without one; leaves everything as it was."""
-    asked = problems.problems_of_step(pool, 0, cfg)
-    batch = Batch(collect(sampler, env, asked, cfg, (cfg.seed, 12))[0])
-    batch.advantage = (torch.arange(len(batch.rollout.length), device=learning.device) % 2).float()
-    meter = Meter(batch)
-    learn(model.use(learning), batch, cfg, make_scaler(learning), env.answer_length, meter)
-    model.zero_grad(set_to_none=True)
-    tokens = checks.self_test(model, batch.rollout, meter.logp)
-    say(f"self-test of exact mode: {tokens} tokens of a step of this job, the same bits in rollout and training")
-
-
 def train(cfg, given, run, saved=None):
-    env, state, acting, learning, model = prepare(cfg, given, saved)
+    env, state, acting, learning, model = start.prepare(cfg, given, saved, partial(learn_all, cfg))
     scaler, device = make_scaler(learning, cfg.init_scale), learning.device
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, fused=True, **ADAM)
     sampler = Sampler(model.use(acting), env.tokenizer.stop, env.tokenizer.pad, cfg.fast)
     reference = base.load_reference(cfg, model, saved, device)
+    save = partial(run.save, cfg=cfg, model=model, optimizer=optimizer, scaler=scaler,
+                   reference=reference, prompt_length=env.prompt_length, base=base.identity(cfg))
     if cfg.exact:
-        exact_self_test(model, sampler, env, state.problems, cfg, learning)
-    pass_at_1 = partial(share_solved, cfg, sampler, env)
-    save = partial(run.save, cfg=cfg, model=model, optimizer=optimizer, scaler=scaler, reference=reference,
-                   prompt_length=env.prompt_length, base=base.identity(cfg))
+        check_exactness(cfg, env, sampler, model, learning, state.problems)
     if saved:
         state = run.resume(saved, cfg, given, optimizer, scaler, device)
     else:
-        state.problems = problems.perfectible(model, env, state.problems, cfg, (acting, learning))
-        state.before = pass_at_1(state.heldout, 6, acting) if state.heldout else None
+        nums = acting, learning
+        state.problems = problems.perfectible(model, env, state.problems, cfg, nums)
+        if state.heldout:
+            state.before = start.pass_at_1(cfg, sampler, env, state.heldout, 6, acting)
+        torch.manual_seed(cfg.seed)                 # nothing here draws from it; what you add may
         run.log(provenance(cfg, device))
         save(state)
-    say(f"training on {len(state.problems)} problems, {cfg.prompts} x {cfg.group} answers a step, {cfg.algo}; "
-        f"everything goes to {run.path}/")
-    history, notes, started, first = run.history(), Notes(), time.time(), state.step
+    say(f"training on {len(state.problems)} problems, {cfg.prompts} x {cfg.group} answers a step, "
+        f"{cfg.algo}; everything goes to {run.path}/")
+    history, notes, begun, first = run.history(), Notes(), time.time(), state.step
 
     with interruptible() as stop:
         for step in range(state.step + 1, cfg.steps + 1):
@@ -415,32 +369,36 @@ def train(cfg, given, run, saved=None):
 
             # --- learn: the same forward over whole sequences, in the training's format
             model.use(learning)
-            r, meter = batch.rollout, Meter(batch)
-            shaped = batch.rewards.flatten() + overlong(r.length - r.prompt_length, env.answer_length, cfg.overlong)
+            meter, lengths = Meter(batch), batch.rollout.length - batch.rollout.prompt_length
+            shaped = batch.rewards.flatten() + overlong(lengths, env.answer_length, cfg.overlong)
             batch.advantage = ALGORITHMS[cfg.algo].advantage(shaped.view(-1, cfg.group)).flatten()
             before = score_before(model, reference, batch, cfg)
-            for rows in torch.arange(len(shaped), device=device).chunk(cfg.updates_per_batch):      # whole groups
+            every = torch.arange(len(shaped), device=device)
+            for rows in every.chunk(cfg.updates_per_batch):                         # whole groups
                 once = partial(learn, model, batch, cfg, scaler, env.answer_length, rows=rows)
                 meter.losses.append(once(meter=meter))
-                check_finite(run, model, acting, learning, meter, rows, once)
-                if meter.gaps is None:              # before any update: this is the mismatch and nothing else
-                    differ = meter.measure(rows) if before is None else meter.measure(slice(None), before)
+                checks.check_finite(run, model, acting, learning, meter, rows, once)
+                if meter.gaps is None:      # before any update: the mismatch and nothing else
+                    differ = meter.measure(rows if before is None else every, before)
                     if cfg.exact and differ.any():
-                        raise checks.not_exact(model, r, differ, f"Stopped at step {step}; go on without it: "
-                                               f"--resume {run.path} --no-exact")
+                        go_on = f"--resume {run.path} --no-exact"
+                        raise checks.not_exact(model, batch.rollout, differ,
+                                               f"Stopped at step {step}; go on without it: {go_on}")
                 lr = learning_rate(cfg, state.updates)
                 norm, skipped = update(model, optimizer, scaler, lr)
                 meter.norms.append(norm)
-                state.updates, state.skipped = state.updates + (not skipped), state.skipped + skipped
+                state.updates += not skipped
+                state.skipped += skipped
                 for num in {acting, learning}:
-                    num.refresh()                   # once per update, in place, for both sides
-                check_scale(run, model, scaler, norm, once)
+                    num.refresh()           # once per update, in place, for both sides
+                checks.check_scale(run, model, scaler, norm, once)
             state.step = step
 
             # --- log: everything below is diagnostics
             history.append(meter.row(step, state, model, scaler, lr, shaped, t1 - t0))
             run.log(history[-1])
-            say(step_line(history[-1], cfg, (time.time() - started) / (step - first) * (cfg.steps - step)))
+            to_go = (time.time() - begun) / (step - first) * (cfg.steps - step)
+            say(step_line(history[-1], cfg, to_go))
             notes.say(history)
             if step % cfg.sample_every == 0 or step == 1:
                 run.log_samples(step, batch, env)
@@ -449,74 +407,35 @@ def train(cfg, given, run, saved=None):
             if stop and step < cfg.steps:
                 say(f"stopped at step {step}; go on with: python train_rl.py --resume {run.path}")
                 return 130
-    return finish(cfg, run, state, model, acting, learning, pass_at_1, history)
+    return start.finish(cfg, run, state, sampler, env, acting, learning)
 
 
-def score_before(model, reference, batch, cfg):
-    """Log-probs that are asked before the batch's first update: those of the reference, for a KL
-    penalty, and pi_old's if the policy is about to move under it. Before the first update pi_old is pi,
-    and costs nothing. Returns pi's, (R, T), where they were asked, else None."""
-    if cfg.kl_beta:
-        model.adapters(False)                       # with LoRA, the policy as it was is the base alone
-        batch.logp_reference = score(reference or model, batch, cfg)
-        model.adapters(True)
-    if cfg.updates_per_batch == 1 or not (decoupled(cfg) or cfg.exact):
-        return None
-    batch.logp_old = score(model, batch, cfg)
-    return batch.logp_old
+def learn_all(cfg, model, rollout, scaler, room):
+    """Forward and backward over all of a rollout at once, for the rehearsal of the longest one."""
+    batch = Batch(rollout, advantage=torch.ones(len(rollout.length), device=rollout.tokens.device))
+    cfg = dataclasses.replace(cfg, micro_batch=len(rollout.length), replay_routing=False,
+                              correction="none", kl_beta=0.0)
+    learn(model, batch, cfg, scaler, room)
 
 
-def check_finite(run, model, acting, learning, meter, rows, once):
-    """Log-probs of both sides are numbers, or the run ends with the name of a layer."""
-    where = meter.answer[rows]
-    mu, pi = (torch.isfinite(x[rows][where]).all() for x in (meter.batch.rollout.logp, meter.logp))
-    if not (mu and pi):
-        model.use(learning if mu else acting)
-        raise checks.broken("log-probs are no longer finite", checks.first_bad_layer(model, once), run.checkpoint)
-
-
-def check_scale(run, model, scaler, norm, once):
-    """Gradients are numbers, or the loss scale can still fall."""
-    if scaler.is_enabled() and scaler.get_scale() < 1:
-        why = "the loss scale fell below 1"
-    elif not scaler.is_enabled() and not math.isfinite(norm):
-        why = "gradients are no longer finite"
-    else:
-        return
-    raise checks.broken(why, checks.first_bad_layer(model, once), run.checkpoint)
-
-
-def share_solved(cfg, sampler, env, asked, purpose, num):
-    """pass@1 of the policy in the numerics `num`, over cfg.eval_tries sampled answers each."""
-    sampler.model.use(num)
-    right = solve(sampler, env, asked, cfg.eval_tries, (cfg.seed, purpose), temperature=cfg.temperature,
-                  rows=cfg.rollout_rows)
-    return sum(right) / (len(asked) * cfg.eval_tries)
-
-
-def finish(cfg, run, state, model, acting, learning, pass_at_1, history):
-    """The last lines, and the exit status: 0 for PASS or for a run that gets no verdict, 1 for FAIL."""
-    accuracy = pass_at_1(state.problems, 8, acting)
-    learned = accuracy if acting is learning else pass_at_1(state.problems, 8, learning)
-    after = pass_at_1(state.heldout, 6, acting) if state.heldout else None
-    passed = None if state.changed else accuracy >= PASS
-    verdict(cfg, state, accuracy, learned, after, passed, PASS)
-    run.log(dict(result=dict(accuracy=accuracy, accuracy_train=learned, heldout_before=state.before,
-                             heldout_after=after, kept=len(state.problems), passed=passed,
-                             changed=state.changed, seconds=time.time() - STARTED)))
-    if cfg.model:
-        base.export(cfg, run.path, model)
-    say(draw(run.path, history, f"rollout {cfg.rollout_format}, train {cfg.train_format}"))
-    return 1 if passed is False else 0
-
-
-STARTED = time.time()
+def check_exactness(cfg, env, sampler, model, learning, pool):
+    """A step of this job's own sizes, with a gradient and without one: the same bits on both sides,
+    or the run stops. Leaves everything as it was."""
+    asked = problems.problems_of_step(pool, 0, cfg)
+    batch = Batch(collect(sampler, env, asked, cfg, (cfg.seed, 12))[0])
+    batch.advantage = (torch.arange(len(batch.rollout.length), device=learning.device) % 2).float()
+    meter = Meter(batch)
+    learn(model.use(learning), batch, cfg, make_scaler(learning), env.answer_length, meter)
+    model.zero_grad(set_to_none=True)
+    tokens = checks.self_test(model, batch.rollout, meter.logp)
+    say(f"self-test of exact mode: {tokens} tokens of a step of this job, the same bits in rollout "
+        "and training")
 
 
 def parse_config(argv=None):
-    """Command line -> (Config, the flags that were given). A resumed run's are not complete yet."""
-    cfg, given, actions = flags.parse(Config, argv, __doc__)
-    return (cfg if actions["resume"] else check(cfg, given)), given
+    """Command line -> (Config, the flags that were given), without --resume."""
+    cfg, given, _ = flags.parse(Config, argv, __doc__)
+    return flags.check(cfg, given), given
 
 
 def main(argv=None):
@@ -524,11 +443,10 @@ def main(argv=None):
         cfg, given, actions = flags.parse(Config, argv, __doc__)
     except flags.Help as e:
         return print(e)
-    saved, path = None, None
-    if actions["resume"]:
-        path, saved = load_saved(actions["resume"], Config)
-        cfg = Config(**flags.resumed(Config, saved["config"], given, ALGORITHMS))
-    check(cfg, given)
+    path, saved = load_saved(actions["resume"], Config) if actions["resume"] else (None, None)
+    if saved:
+        cfg = Config(**flags.resumed(Config, saved["config"], given))
+    flags.check(cfg, given)
     try:
         if actions["plan"]:
             return memory.plan(cfg)
@@ -540,11 +458,11 @@ def main(argv=None):
     except KeyboardInterrupt:
         say("\ninterrupted")
         return 130
-    except BrokenPipeError:                                         # `train_rl.py | head`: run_main knows
+    except BrokenPipeError:                                 # `train_rl.py | head`: run_main knows
         raise
     except OSError as e:
-        raise InputError(f"{e.filename or 'a file of the run'}: {e.strerror}; the last checkpoint, if there was one, is "
-                         "untouched") from e
+        raise InputError(f"{e.filename or 'a file of the run'}: {e.strerror}; the last checkpoint, "
+                         "if there was one, is untouched") from e
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Tasks: problems with a checkable answer. A task is a class with these methods, or a Python file that
-has functions of these names (data/own.py; `--task mytask.py`):
+"""Tasks: problems with a checkable answer. A task is a class with these methods, or a Python file
+that has functions of these names (data/own.py; `--task mytask.py`):
 
     reward(problem, text)          -> 1.0 for a right answer, else 0.0 (or between), from its text alone
 
-A model from scratch learns a task that draws its own problems, by imitating a noisy demonstrator first:
+A model from scratch learns a task that draws its own problems, by imitating a noisy demonstrator
+first:
 
     problem(rng)                   -> Problem(prompt, answer), drawn from a numpy Generator
     demonstrate(problem, rng)      -> the text of one noisy worked answer
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-FETCHED = pathlib.Path(__file__).resolve().parent / "fetched"     # where data/prepare.py puts data sets
+FETCHED = pathlib.Path(__file__).resolve().parent / "fetched"  # where data/prepare.py puts data sets
 
 SCRATCH = {"addition": "data.addition.Addition", "reverse": "data.reverse.Reverse",
            "countdown": "data.countdown.Countdown"}
@@ -40,11 +41,11 @@ class Problem:
 class Task:
     """name: as --task has it. draws: whether `problem` and `demonstrate` are there. loads: whether
     its problems for --model come from `load`. safe: the reward is a bounded parser of ours and runs
-    where it is called; else data/guard.py runs it in processes of its own. prompt_length, answer_length:
-    tokens at most, the answer's with its stop token (0: not known beforehand)."""
+    where it is called; else data/guard.py runs it in processes of its own. prompt_length,
+    answer_length: tokens at most, the answer's with its stop token (0: not known beforehand)."""
     name, draws, loads, safe = "", False, True, True
     prompt_length = answer_length = 0
-    system = ""                                                   # a system prompt for models that read
+    system = ""                                               # a system prompt for models that read
 
     def problem(self, rng):
         raise NotImplementedError(f"{self.name} draws no problems")
@@ -72,7 +73,8 @@ def input_error(message):
 
 
 def make_task(name, digits=0, noise=0.0):
-    """A task by its name, or by its file. digits and noise are for those that draw their problems."""
+    """A task by its name, or by its file. digits and noise are for those that draw their
+    problems."""
     if name.endswith(".py"):
         from data.own import load_own
         return load_own(name)
@@ -88,10 +90,35 @@ def make_task(name, digits=0, noise=0.0):
     return task
 
 
+def seed_of(key):
+    """A SeedSequence for this key of non-negative integers, such as (seed, purpose, step). It
+    ignores zeros at the end of what it gets, so the number of parts comes first, and each part is
+    two words."""
+    words = [w for k in key for w in (k & 0xFFFFFFFF, k >> 32)]
+    return np.random.SeedSequence([len(key), *words])
+
+
 def stream(*key):
-    """A numpy Generator for this key of non-negative integers, such as (seed, purpose, step). Randomness
-    that is a function of the step needs no state to be saved."""
-    return np.random.default_rng(np.random.SeedSequence(key))
+    """A numpy Generator for this key. Randomness that is a function of the step needs no state to
+    be saved."""
+    return np.random.default_rng(seed_of(key))
+
+
+def uniforms(key, problems, samples, length):
+    """(length, problems x samples) FP64 in [0, 1), 53 bits each: the random numbers of answers, a
+    problem's samples next to each other. problems: their numbers.
+
+    Each is a function of (key, problem, sample, position) and of nothing else: not of how many
+    others there are. Philox (Salmon et al. 2011) is a function of a key and a counter; an answer
+    has a part of the counter to itself."""
+    philox = np.random.Philox(key=seed_of(key).generate_state(2, np.uint64))
+    fresh, generator = philox.state, np.random.Generator(philox)
+    out = np.empty((length, len(problems) * samples))
+    for i in range(out.shape[1]):
+        fresh["state"]["counter"][:] = 0, 0, i % samples, problems[i // samples]
+        philox.state = fresh
+        out[:, i] = generator.random(length)
+    return out
 
 
 def draw_problems(task, n, rng, exclude=()):
@@ -111,8 +138,9 @@ def draw_problems(task, n, rng, exclude=()):
 def load_problems(path, forms=(("prompt", "answer"),), answer=None):
     """Problems from a JSON Lines file: one {"prompt": "...", "answer": "..."} a line.
 
-    forms: the pairs of names that a line's two texts may have, the first that fits counts. answer(key,
-    text): what of the second text is the answer; its ValueError says what is wrong with the line."""
+    forms: the pairs of names that a line's two texts may have, the first that fits counts.
+    answer(key, text): what of the second text is the answer; its ValueError says what is wrong with
+    the line."""
     problems = []
     for place, row in read_rows(path):
         row = row if isinstance(row, dict) else {}
@@ -155,7 +183,7 @@ def read_rows(path):
                         yield f"{path} line {i}", json.loads(line)
                     except json.JSONDecodeError as e:
                         raise input_error(f"{path} line {i}: not JSON ({e.msg} at column {e.colno})") from None
-                    except (ValueError, RecursionError):          # a number of 5,000 digits, a thousand brackets
+                    except (ValueError, RecursionError):  # a number of 5,000 digits, a thousand brackets
                         raise input_error(f"{path} line {i}: not JSON that can be read") from None
     except OSError as e:
         raise input_error(f"cannot read {path}: {e.strerror}") from None

@@ -6,12 +6,13 @@ ANSWER = 512            # tokens of an answer at most, where neither the task no
 
 
 class Env:
-    """task: data.Task; tokenizer: data.tokenizer.Bytes or an hf.tokenizer.HFTokenizer; prompt_length,
-    answer_length: tokens at most, the stop token included."""
+    """task: data.Task; tokenizer: data.tokenizer.Bytes or an hf.tokenizer.HFTokenizer;
+    prompt_length, answer_length: tokens at most, the stop token included."""
 
     def __init__(self, task, tokenizer=Bytes, answer_length=0, say=print):
         self.task, self.tokenizer = task, tokenizer
-        # a model that reads is asked in words; one without a chat form imitates the problem's own signs
+        # a model that reads is asked in words; one without a chat form imitates the problem's own
+        # signs
         self.reads = tokenizer is not Bytes and (task.loads or tokenizer.form != "plain")
         self.prompt_length = task.prompt_length
         self.answer_length = answer_length or task.answer_length or ANSWER
@@ -23,7 +24,8 @@ class Env:
         return self.tokenizer.prompt(text, self.task.system)
 
     def rewards(self, problems, rollout):
-        """R answers, the same number to each problem -> R rewards. An answer that was cut off gets 0."""
+        """R answers, the same number to each problem -> R rewards. An answer that was cut off gets
+        0."""
         n, texts = len(rollout.length) // len(problems), rollout.texts(self.tokenizer)
         asked = [i for i, stopped in enumerate(rollout.stopped.tolist()) if stopped]
         given = self.guard.rewards([(problems[i // n], texts[i]) for i in asked])

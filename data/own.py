@@ -1,6 +1,6 @@
 """A task of your own: a Python file given as `--task mytask.py`, with functions of the names in
-data/__init__.py. data/example_task.py is one for a model that reads, data/example_scratch.py one for a
-model from scratch.
+data/__init__.py. data/example_task.py is one for a model that reads, data/example_scratch.py one
+for a model from scratch.
 
     reward(problem, text)         a number, 1 for a right answer; problem.prompt, problem.answer are texts
     load(path)                    [(question, answer), ...]; path is what --data says, or ""
@@ -9,8 +9,9 @@ model from scratch.
     demonstrate(problem, rng)     one noisy worked answer
     system                        a system prompt (optional)
 
-`load` makes it a task for --model, `problem` and `demonstrate` one for a model from scratch. The file is
-run as any program that you start. Its reward runs in processes of its own, under a time limit.
+`load` makes it a task for --model, `problem` and `demonstrate` one for a model from scratch. The
+file is run as any program that you start. Its reward runs in processes of its own, under a time
+limit.
 """
 import pathlib
 import traceback
@@ -25,7 +26,8 @@ SLACK = 1.25                            # a drawn problem may be longer than tho
 
 
 def load_own(path):
-    """The file -> a task. What is wrong with it is one line, with the file's own line where it has one."""
+    """The file -> a task. What is wrong with it is one line, with the file's own line where it has
+    one."""
     file = pathlib.Path(path).resolve()
     try:
         source = file.read_text(encoding="utf-8")
@@ -33,7 +35,7 @@ def load_own(path):
         raise input_error(f"--task {path} cannot be read: {getattr(e, 'strerror', None) or e}") from None
     space = {"__name__": file.stem, "__file__": str(file)}
     try:
-        exec(compile(source, str(file), "exec"), space)     # the user's own program, not a model's text
+        exec(compile(source, str(file), "exec"), space)  # the user's own program, not a model's text
     except SyntaxError as e:
         raise input_error(f"{path} line {e.lineno}: {e.msg}") from None
     except Exception as e:
@@ -48,7 +50,8 @@ def load_own(path):
 
 
 def told(error, file):
-    """An error of the user's file in one line, with the last line of the file that it came through."""
+    """An error of the user's file in one line, with the last line of the file that it came
+    through."""
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
     return f"{file}{f' line {lines[-1]}' if lines else ''}: {type(error).__name__}: {error}"
 

@@ -1,7 +1,8 @@
-"""data/tokenizer.py: every byte is a token, for models from scratch. tiktoken, built here, no download.
+"""data/tokenizer.py: every byte is a token, for models from scratch. tiktoken, built here, no
+download.
 
-Stop and pad are two tokens. Where one id serves as both, a mask made by comparing ids takes the stop
-token for padding, and the model never learns to stop.
+Stop and pad are two tokens. Where one id serves as both, a mask made by comparing ids takes the
+stop token for padding, and the model never learns to stop.
 """
 import tiktoken
 
@@ -17,7 +18,8 @@ def encode(text):
 
 
 def decode(tokens):
-    """Token ids -> text, without the stop token at the end; bytes that are not UTF-8 become U+FFFD."""
+    """Token ids -> text, without the stop token at the end; bytes that are not UTF-8 become
+    U+FFFD."""
     tokens = list(tokens)
     return TOKENIZER.decode(tokens[:-1] if tokens and tokens[-1] == STOP else tokens)
 

@@ -19,7 +19,7 @@ from data import draw_problems, make_task, stream
 from run.base import load_task, find_base, get_base, gpt_config
 from experiments.lab import GPU, LAB, QUICK, Job, Lab, band, summary
 from operators import numerics
-from model import save_checkpoint
+from run.checkpoint import save_checkpoint
 from operators.device import pick_device
 from precision import parse_format
 from run.console import run_main

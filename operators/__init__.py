@@ -22,7 +22,8 @@ CACHE = pathlib.Path(os.environ.get("TENBIT_CACHE")
 
 
 def why_plain(device, fast=True):
-    """Why the plain operators are used in place of compiled ones; nothing where compiled ones are."""
+    """Why the plain operators are used in place of compiled ones; nothing where compiled ones
+    are."""
     if not fast or torch.device(device).type != "cpu":
         return "not asked for"
     from operators import compiled

@@ -1,8 +1,8 @@
-/* cpu.c: the operators of precision.py for a CPU, each in one pass over memory, and model.Block in one call.
+/* block.c: the operators of precision.py for a CPU, each in one pass over memory, and model.Block in one call.
 
 Written once for every vector width with the vector types of GCC and Clang. A number is rounded by `rounded`, on its way
 to memory, and nowhere else. Sums run in an order that depends on the row alone, never on how many rows share the call.
-fast/cpu.py compiles this file (a second or two), loads it, and says which functions take the place of which operators.
+operators/compiled.py compiles this file (some seconds), loads it, and says what takes the place of what.
 
 Names as in precision.py: B rows, T tokens, H heads, KV key/value heads, D head width. Matrices are FP32 and row-major. */
 #include <math.h>
@@ -102,7 +102,7 @@ INLINE vf sigmoid(vf x) {                           /* the smaller of e^x and e^
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */
-/* Rounding to nearest even, as precision.emulate_ does it; `kind` is known when this is compiled */
+/* Rounding to nearest even, as precision.emulate does it; `kind` is known when this is compiled */
 
 typedef struct { int32_t kind, cut; float tiny, big, max; } format;
 enum { FP32, FP16, WIDE, ANY };           /* WIDE: FP32's exponent bits, fewer mantissa bits */
@@ -164,7 +164,7 @@ INLINE void swiglu_(const float *x, float *y, long rows, long F, format f, const
     }
 }
 /* x (rows, 2F) -> silu(first half) * second half */
-void swiglu(const float *x, float *y, long rows, long F, format *f) { FOR_KINDS((*f), swiglu_(x, y, rows, F, *f, kind)) }
+static void swiglu(const float *x, float *y, long rows, long F, format *f) { FOR_KINDS((*f), swiglu_(x, y, rows, F, *f, kind)) }
 
 INLINE void swiglu_back_(const float *x, const float *dy, float *dx, float *y, long rows, long F, format f, const int kind) {
     PARALLEL(rows * F) for (long r = 0; r < rows; r++) {
@@ -180,7 +180,7 @@ INLINE void swiglu_back_(const float *x, const float *dy, float *dx, float *y, l
     }
 }
 /* ... and back: dy (rows, F) -> dx (rows, 2F); if y is given, the output once more */
-void swiglu_back(const float *x, const float *dy, float *dx, float *y, long rows, long F, format *f) {
+static void swiglu_back(const float *x, const float *dy, float *dx, float *y, long rows, long F, format *f) {
     FOR_KINDS((*f), swiglu_back_(x, dy, dx, y, rows, F, *f, kind))
 }
 
@@ -211,7 +211,7 @@ INLINE void rope_(float *x, float *q, float *k, float *v, const int64_t *slots, 
 }
 /* x (B, T, H + 2 KV, D) <-> q, k rotated by the tables cos, sin (T, D/2), a table a row if `table` is not 0, and v as it is;
    strides: row, head and token of q, of k and of v; slots: where each row's k and v begin, if that is not the same for all */
-void rope(float *x, float *q, float *k, float *v, const int64_t *slots, const long *strides, long B, long T, long H, long KV, long D,
+static void rope(float *x, float *q, float *k, float *v, const int64_t *slots, const long *strides, long B, long T, long H, long KV, long D,
           const float *cos, const float *sin, long table, long back, format *f) {
     if (back) FOR_KINDS((*f), rope_(x, q, k, v, slots, strides, B, T, H, KV, D, cos, sin, table, 1, *f, kind))
     else FOR_KINDS((*f), rope_(x, q, k, v, slots, strides, B, T, H, KV, D, cos, sin, table, 0, *f, kind))
@@ -232,7 +232,7 @@ INLINE void rms_norm_(const float *x, const float *w, float eps, float *y, float
     }
 }
 /* x / sqrt(mean(x^2) + eps) * w; scale (rows) keeps 1 / sqrt(...) for the way back */
-void rms_norm(const float *x, const float *w, float eps, float *y, float *scale, long rows, long C, format *f) {
+static void rms_norm(const float *x, const float *w, float eps, float *y, float *scale, long rows, long C, format *f) {
     FOR_KINDS((*f), rms_norm_(x, w, eps, y, scale, rows, C, *f, kind))
 }
 
@@ -255,7 +255,7 @@ INLINE void rms_norm_back_(const float *x, const float *w, const float *scale, c
         }
     }
 }
-void rms_norm_back(const float *x, const float *w, const float *scale, const float *dy, float *dx, float *dw, long rows,
+static void rms_norm_back(const float *x, const float *w, const float *scale, const float *dy, float *dx, float *dw, long rows,
                    long C, long parts, format *f) {
     FOR_KINDS((*f), rms_norm_back_(x, w, scale, dy, dx, dw, rows, C, parts, *f, kind))
 }
@@ -306,25 +306,37 @@ void token_logprobs_back(float *p, const int64_t *targets, float temperature, co
     FOR_KINDS((*f), token_logprobs_back_(p, targets, temperature, dlogp, N, V, *f, kind))
 }
 
+#define STRIDE 64
+/* the sum of up to STRIDE numbers, in double */
+INLINE double wide_sum(const float *e, long n) {
+    double part[8] = {0}, s = 0;
+    long i = 0;
+    for (; i + 8 <= n; i += 8) for (int j = 0; j < 8; j++) part[j] += e[i + j];
+    for (; i < n; i++) s += e[i];
+    for (int j = 0; j < 8; j++) s += part[j];
+    return s;
+}
+
 /* logits (N, V), overwritten; u (N) in [0, 1) -> a token drawn from softmax(logits / temperature), and its log-prob, computed as
-   token_logprobs does. The first token at which the cumulative sum passes u times the total: it has a probability above 0. */
-void draw(float *logits, const float *u, float temperature, int64_t *token, float *logp, long N, long V) {
+   token_logprobs does. The first token at which the cumulative sum, in double, passes u times the total. */
+void draw(float *logits, const double *u, float temperature, int64_t *token, float *logp, long N, long V) {
     _Pragma("omp parallel if (N * V > 20000)") {
         float *e = malloc(4 * V);                                       /* e^x, while the logits stay */
         _Pragma("omp for schedule(static)") for (long r = 0; r < N; r++) {
-            float *row = logits + r * V, before = 0, total = 0;
+            float *row = logits + r * V;
+            double total = 0, before = 0;
             tempered(row, V, temperature);
             memcpy(e, row, 4 * V);
             softmax_sums s = exponentials(e, V, 0);
-            EACH(V, total += sum(load(e + i, m, 0)))
-            float goal = u[r] * total;
+            for (long i = 0; i < V; i += STRIDE) total += wide_sum(e + i, least(STRIDE, V - i));
+            double goal = u[r] * total;
             long found = 0, left = 0;
-            for (; left < V; left += VL) {                              /* a vector at a time, then within it */
-                float next = before + sum(load(e + left, least(VL, V - left), 0));
+            for (; left < V; left += STRIDE) {                          /* a stride at a time, then within it */
+                double next = before + wide_sum(e + left, least(STRIDE, V - left));
                 if (next > goal) break;
                 before = next;
             }
-            for (long j = left; j < V && j < left + VL; j++) {
+            for (long j = left; j < V && j < left + STRIDE; j++) {
                 if (e[j] > 0) found = j;                                /* the last one, should rounding pass over all */
                 if ((before += e[j]) > goal) break;
             }
@@ -461,7 +473,7 @@ INLINE void attention_(const float *q, const float *k, const float *v, const uin
     }
 }
 /* softmax(q k^T / sqrt(D)) v; sums (B, H, Tq, 2): largest score and 1 / sum of exponentials, for the way back */
-void attention(const float *q, const float *k, const float *v, const uint8_t *mask, float *out, float *sums, const shape *s,
+static void attention(const float *q, const float *k, const float *v, const uint8_t *mask, float *out, float *sums, const shape *s,
                format *f) {
     FOR_KINDS((*f), attention_(q, k, v, mask, out, sums, s, *f, kind))
 }
@@ -521,7 +533,7 @@ INLINE void attention_back_(const float *q, const float *k, const float *v, cons
         free(Kt), free(Vt), free(dK), free(dV), free(P), free(dS);
     }
 }
-void attention_back(const float *q, const float *k, const float *v, const uint8_t *mask, const float *sums, const float *dout,
+static void attention_back(const float *q, const float *k, const float *v, const uint8_t *mask, const float *sums, const float *dout,
                     float *dq, float *dk, float *dv, const shape *s, format *f) {
     FOR_KINDS((*f), attention_back_(q, k, v, mask, sums, dout, dq, dk, dv, s, *f, kind))
 }
@@ -567,13 +579,14 @@ INLINE void decode_(const float *q, const float *k, const float *v, const uint8_
     }
 }
 /* attention with Tq = 1; D at most 16 vectors */
-void decode(const float *q, const float *k, const float *v, const uint8_t *mask, float *out, const shape *s, format *f) {
+static void decode(const float *q, const float *k, const float *v, const uint8_t *mask, float *out, const shape *s, format *f) {
     FOR_KINDS((*f), decode_(q, k, v, mask, out, s, *f, kind))
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */
 /* model.Block in one call: the functions above in the order of Block.forward, some sequences at a time from end to end, so
-   that what one leaves the next finds in the cache. fast/cpu.py uses it while Block.forward is the one that is known to it. */
+   that what one leaves the next finds in the cache. operators/compiled.py uses it while the code is what this was
+   written after. */
 
 #define TOKENS 128                                 /* ... about so many tokens at a time */
 

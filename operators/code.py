@@ -1,4 +1,5 @@
-"""operators/code.py: what code is this? For compiled code that stands for other code, and for caches."""
+"""operators/code.py: what code is this? For compiled code that stands for other code, and for
+caches."""
 import ast
 import functools
 import hashlib
@@ -9,8 +10,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 @functools.cache
 def fingerprint(file):
-    """A hash of a Python file's syntax tree, of any other file's bytes. Comments, docstrings and line
-    breaks do not count. file: a path, relative ones from the repository's root."""
+    """A hash of a Python file's syntax tree, of any other file's bytes. Comments, docstrings and
+    line breaks do not count. file: a path, relative ones from the repository's root."""
     def tree(node):
         if isinstance(node, list):
             return [t for t in map(tree, node) if t]

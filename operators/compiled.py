@@ -1,11 +1,13 @@
-"""operators/compiled.py: a whole block, the head's log-probs and the draw of a token, compiled for a CPU.
+"""operators/compiled.py: a block, the norm, the head's log-probs and the draw of a token, for a
+CPU.
 
 `numerics` in operators/__init__.py takes it where there is a C compiler. It is the arithmetic of
-precision.py and model.py with their roundings, in block.c, and it adds speed and nothing else: you can
-skip this file. What the C code does not know runs plain: adapters, experts, QK-norm, odd head widths.
+precision.py and model.py with their roundings, in block.c, and it adds speed and nothing else: you
+can skip this file. What the C code does not know runs plain: adapters, experts, QK-norm, odd head
+widths.
 
-What you read is what runs. If precision.py or model.py is not the file that block.c was written after, or
-a debugger is at work, nothing of this is used, and the run says so in one line.
+What you read is what runs. If precision.py or model.py is not the file that block.c was written
+after, or a debugger is at work, nothing of this is used, and the run says so in one line.
 """
 import ctypes
 import functools
@@ -29,15 +31,15 @@ from precision import FORMATS, Numerics
 
 SOURCE = pathlib.Path(__file__).with_name("block.c")
 
-# The code that block.c was written after: file -> `fingerprint` of it. When you change one of these files
-# and bring block.c along, bring its number along: `python -m operators.compiled` prints them.
+# The code that block.c was written after: file -> `fingerprint` of it. When you change one of these
+# files and bring block.c along, bring its number along: `python -m operators.compiled` prints them.
 WRITTEN_AFTER = {
-    "precision.py": "8416af052897e47c",
-    "model.py": "41cacee5a951a590",
+    "precision.py": "cf9ee1df9a011833",
+    "model.py": "3993109693ad630a",
     "operators/exact.py": "774a4128f19ee264",
 }
 
-# -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Is the code that one reads the code that block.c stands for?
 
 
@@ -53,25 +55,25 @@ def why_plain():
         return "the source files are not at hand"
     if changed:
         return f"operators/block.c was written after another {' and '.join(changed)}"
-    monitored = getattr(sys, "monitoring", None)                # a debugger in Python 3.12 and later
+    monitored = getattr(sys, "monitoring", None)               # a debugger in Python 3.12 and later
     if sys.gettrace() or monitored and monitored.get_tool(monitored.DEBUGGER_ID):
         return "a debugger is at work, and a breakpoint in an operator shall stop there"
     return ""
 
 
-# -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The library: compiled on first use, loaded only if it is whole
 
-# march: x86 says it one way, ARM the other. A product and a sum are contracted to one instruction, on all
-# compilers alike. No math-errno: so that sqrtf is an instruction.
+# march: x86 says it one way, ARM the other. A product and a sum are contracted to one instruction,
+# on all compilers alike. No math-errno: so that sqrtf is an instruction.
 FLAGS = "-O3 -ffp-contract=fast -fno-math-errno -shared -fPIC".split()
 MARCH = ("-march=native", "-mcpu=native")
 
 
 @functools.cache
 def library(cache):
-    """(the compiled block.c, "") or (None, why there is none). Kept in the folder `cache`, one file per
-    source, compiler, flags and processor. It takes some seconds the first time."""
+    """(the compiled block.c, "") or (None, why there is none). Kept in the folder `cache`, one file
+    per source, compiler, flags and processor. It takes some seconds the first time."""
     if os.environ.get("TENBIT_FAST") == "0":
         return None, "switched off by TENBIT_FAST=0"
     compiler = shlex.split(os.environ.get("CC", ""))
@@ -81,7 +83,7 @@ def library(cache):
     try:
         asked = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=30)
         path = pathlib.Path(cache) / f"block-{key_of(compiler, asked.stdout)}.so"
-        seal = path.with_suffix(".sha256")                      # a truncated library would end the process
+        seal = path.with_suffix(".sha256")               # a truncated library would end the process
         if not (path.exists() and seal.exists() and seal.read_text() == digest(path)):
             compile_c(compiler, path, seal)
         lib = ctypes.CDLL(str(path))
@@ -97,7 +99,7 @@ def library(cache):
 
 
 def key_of(compiler, version):
-    try:                                                        # the file holds this very processor's code
+    try:                                                 # the file holds this very processor's code
         info = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         cpu = sorted({x for x in info if x.startswith(("model name", "flags", "Features"))})
     except OSError:
@@ -124,7 +126,7 @@ def compile_c(compiler, path, seal):
             done = subprocess.run(command, capture_output=True, text=True, timeout=120)
             if done.returncode == 0 and out.exists():
                 out.with_suffix(".sha256").write_text(digest(out))
-                os.replace(out.with_suffix(".sha256"), seal)    # two runs may compile at the same time
+                os.replace(out.with_suffix(".sha256"), seal)  # two runs may compile at the same time
                 os.replace(out, path)
                 return
             message = message or (done.stderr.strip().splitlines() or ["no message"])[0]
@@ -132,19 +134,19 @@ def compile_c(compiler, path, seal):
 
 
 def keep_memory():
-    """Let malloc keep what is freed. By default glibc hands large tensors back to the system at once, and
-    each new one costs a page fault per 4 KiB: a tenth of a rollout's time."""
+    """Let malloc keep what is freed. By default glibc hands large tensors back to the system at
+    once, and each new one costs a page fault per 4 KiB: a tenth of a rollout's time."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):                # not glibc
         return
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3        # malloc.h
-    mallopt(mmap_threshold, 1 << 30) or mallopt(mmap_threshold, 32 << 20)    # older ones take 32 MiB at most
+    mallopt(mmap_threshold, 1 << 30) or mallopt(mmap_threshold, 32 << 20)  # older ones take 32 MiB at most
     mallopt(trim_threshold, 2 ** 31 - 1)
     mallopt(top_pad, 64 << 20)
 
 
-# -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The structures of block.c
 
 
@@ -187,24 +189,24 @@ def or_null(t):
     return None if t is None else t.data_ptr()
 
 
-# -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Numerics
 
 
 class Compiled(Numerics):
-    """Numerics whose block, log-probs and draw are functions of block.c. Weights are kept a second time,
-    packed in the order in which products read them; `refresh` packs them anew, in place."""
+    """Numerics whose block, log-probs and draw are functions of block.c. Weights are kept a second
+    time, packed in the order in which products read them; `refresh` packs them anew, in place."""
 
     operators = "compiled"
 
     def __init__(self, fmt, lib):
         super().__init__(fmt, "cpu")
         self.lib, self.c_format, self.lanes = lib, Format.of(self.fmt), lib.panel_width()
-        self._panels = {}                                       # (master, for the way back?) -> packed
-        self._layers = {}                                       # (model.Block, way back?) -> its Layer
+        self._panels = {}                                    # (master, for the way back?) -> packed
+        self._layers = {}                                    # (model.Block, way back?) -> its Layer
 
     def hold(self, parameters):
-        self._panels.clear(), self._layers.clear()              # they point to the weights held before
+        self._panels.clear(), self._layers.clear()           # they point to the weights held before
         return super().hold(parameters)
 
     def refresh(self):
@@ -261,6 +263,7 @@ class Compiled(Numerics):
         return self.logits(d, w, back=True)
 
     def draw(self, logits, u, temperature=1.0):
+        u = packed(u)
         token, logp = torch.empty(len(u), dtype=torch.int64), torch.empty(len(u))
         self.lib.draw(logits.data_ptr(), u.data_ptr(), temperature, token.data_ptr(), logp.data_ptr(),
                       *logits.shape)
@@ -272,15 +275,11 @@ class Compiled(Numerics):
                                 entropy.data_ptr(), *logits.shape)
         return token, logp
 
-    def rms_norm(self, x, w, eps):
-        if self.spy or w.shape[0] % 8 or x.dim() != 3 or self.where != "head":
-            return super().rms_norm(x, w, eps)
-        return _HeadNorm.apply(x, w, eps, self)
-
     # -- the block
 
     def takes(self, block):
-        """Whether block.c knows this block: no adapters, experts, QK-norm, and heads of whole panels."""
+        """Whether block.c knows this block: no adapters, experts, QK-norm, and heads of whole
+        panels."""
         D = block.cfg.head_dim
         return not (self.spy or block.cfg.qk_norm or block.experts or block.lora
                     or D % self.lanes or D > 8 * self.lanes)
@@ -294,7 +293,8 @@ class Compiled(Numerics):
         return run_block(self, block, x, cos, sin, mask, cache)
 
     def layer(self, block, back):
-        """The Layer of a block: where its weights are. They stay there, `refresh` fills in place."""
+        """The Layer of a block: where its weights are. They stay there, `refresh` fills in
+        place."""
         if (block, back) not in self._layers:
             c, bias = block.cfg, None if block.qkv_bias is None else self.weight(block.qkv_bias)
             matrices = (block.qkv, block.proj, block.gate_up, block.down)
@@ -308,8 +308,8 @@ class Compiled(Numerics):
 
 
 class CompiledExact(Compiled, ExactNumerics):
-    """Every function of block.c adds up in an order that does not depend on the number of rows or of
-    positions, but for `decode`, the attention of one query. `exact` leaves it out."""
+    """Every function of block.c adds up in an order that does not depend on the number of rows or
+    of positions, but for `decode`, the attention of one query. `exact` leaves it out."""
     operators = "compiled exact"
 
 
@@ -351,7 +351,7 @@ class _Block(torch.autograd.Function):
     def forward(ctx, x, cos, sin, block, num, *weights):
         (B, T, C), c, x = x.shape, block.cfg, packed(x)
         A, N = c.n_heads * c.head_dim, B * T
-        widths = (1, A, 2 * c.n_heads, A, C, 1, 2 * c.mlp_width)                 # in the order of Kept
+        widths = (1, A, 2 * c.n_heads, A, C, 1, 2 * c.mlp_width)              # in the order of Kept
         keep = [x.new_empty(N, w) for w in widths]
         kv = x.new_empty(2, B, c.n_kv_heads, T, c.head_dim)
         kept = ctypes.byref(Kept(*(t.data_ptr() for t in keep)))
@@ -377,26 +377,6 @@ class _Block(torch.autograd.Function):
         parts = iter(dw.sum(0).split(sizes))
         return dx, None, None, None, None, *(None if w is None else next(parts).view(w.shape)
                                              for w in masters)
-
-
-class _HeadNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, w, eps, num):
-        w, x, C = num.weight(w), packed(x), x.shape[-1]
-        y, scale = torch.empty_like(x), x.new_empty(x.shape[:-1])
-        num.lib.rms_norm(x.data_ptr(), w.data_ptr(), eps, y.data_ptr(), scale.data_ptr(), x.numel() // C, C, num.c_format)
-        ctx.save_for_backward(x, w, scale)
-        ctx.num = num
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, w, scale = ctx.saved_tensors
-        num, dy, C, parts = ctx.num, packed(dy), x.shape[-1], torch.get_num_threads()
-        dx, dw = torch.empty_like(x), x.new_empty(parts, C)
-        num.lib.rms_norm_back(x.data_ptr(), w.data_ptr(), scale.data_ptr(), dy.data_ptr(), dx.data_ptr(), dw.data_ptr(),
-                              x.numel() // C, C, parts, num.c_format)
-        return dx, dw.sum(0), None, None
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")       # CUDA reads i
 
 
 def pick_device(name="auto"):
-    """`auto`, `cpu`, `cuda` or `cuda:N` -> torch.device, set up so that nothing is rounded elsewhere."""
+    """`auto`, `cpu`, `cuda` or `cuda:N` -> torch.device, set up so that nothing is rounded
+    elsewhere."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -24,7 +25,7 @@ def pick_device(name="auto"):
         if (device.index or 0) >= n:
             raise InputError(f"device {name!r} is not there: torch {torch.__version__} sees "
                              f"{n} CUDA device{'s' * (n != 1)}")
-        if device.index is None:                                  # set_device refuses one without an index
+        if device.index is None:                           # set_device refuses one without an index
             device = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_device(device)
         # By default cuBLAS may add partial sums in 16 bit. Then the accumulator is no longer FP32.
@@ -36,9 +37,10 @@ def pick_device(name="auto"):
 
 @contextmanager
 def reproducible(device):
-    """Backward passes inside give the same bits every time. On a GPU, fused attention otherwise adds up
-    its gradients in whatever order the blocks finish. Only around backward: torch would refuse the
-    sampler's cumsum, wrongly for its shapes. The user's own setting comes back afterwards."""
+    """Backward passes inside give the same bits every time. On a GPU, fused attention otherwise
+    adds up its gradients in whatever order the blocks finish. Only around backward: torch would
+    refuse the sampler's cumsum, wrongly for its shapes. The user's own setting comes back
+    afterwards."""
     if device.type != "cuda":
         yield
         return

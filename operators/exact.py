@@ -1,22 +1,23 @@
 """operators/exact.py: rollout and training agree bit for bit.
 
 The same token behind the same tokens gets the same log-prob, however many rows, positions or
-micro-batches share the call, cached or not. Why is that not so anyway? Libraries choose their kernel,
-and with it an order of summation, by the shape of the whole call, and rounding makes the order visible.
-So here a token's value depends on its own row and on the keys at or before its position, and on nothing
-else:
+micro-batches share the call, cached or not. Why is that not so anyway? Libraries choose their
+kernel, and with it an order of summation, by the shape of the whole call, and rounding makes the
+order visible. So here a token's value depends on its own row and on the keys at or before its
+position, and on nothing else:
 
   products    always of one shape and layout, filled up with zeros: `slab` rows, or `slab` pairs of a row
               and a key head
   row sums    (norms, softmax) by a fixed tree of elementwise additions
   attention   the keys in chunks at absolute positions. A masked key weighs exactly 0, and adding 0 times
               what is finite changes nothing
-  elementwise torch's silu is left out: on a CPU its vector and scalar versions differ, and which of them
-              a number gets depends on its place in memory. exp, and the arithmetic that IEEE defines, do
-              not have that
+  elementwise torch's silu is left out: on a CPU its vector and scalar versions differ, and which of
+  them
+              a number gets depends on its place in memory. exp, and the arithmetic that IEEE
+              defines, do not have that
 
-The way back is the plain operator's: a gradient has nothing to agree with. One assumption is left: a
-product's row does not depend on its place among the other rows of its slab. So nothing is claimed
+The way back is the plain operator's: a gradient has nothing to agree with. One assumption is left:
+a product's row does not depend on its place among the other rows of its slab. So nothing is claimed
 unchecked: a run begins with a self-test, and measures exact_share on every step. Source: He et al.,
 "Defeating Nondeterminism in LLM Inference" (2025).
 """
@@ -58,10 +59,11 @@ class ExactNumerics(Numerics):
         return _Exact.apply(self, Numerics.attention, attention, q, k, v, mask)
 
     def _slabs(self, x, w, b, dtype):
-        """x (N, I) wᵀ + b in pieces of `slab` rows, of fewer if w is a large vocabulary -> (N, O)."""
+        """x (N, I) wᵀ + b in pieces of `slab` rows, of fewer if w is a large vocabulary -> (N,
+        O)."""
         rows = min(self.slab, 1 << max(4, ((1 << 23) // len(w)).bit_length() - 1))
         y, wide = x.new_empty(len(x), len(w), dtype=dtype), -(-w.shape[1] // 16) * 16
-        w = filled(w, max(len(w), 16), wide)                # a narrow product's order goes by addresses
+        w = filled(w, max(len(w), 16), wide)            # a narrow product's order goes by addresses
         b = b if b is None or len(b) == len(w) else F.pad(b, (0, len(w) - len(b)))
         for part, out in zip(x.split(rows), y.split(rows)):
             part = filled(part, rows, wide)
@@ -109,22 +111,22 @@ QUERIES, KEYS = 16, 32
 
 
 def attention(num, q, k, v, mask):
-    """In products of one shape: up to 16 queries (those of the heads that share a key head together)
-    by 32 keys at absolute positions, for `slab` pairs of a row and a key head. Chunks of keys are added
-    up from position 0 on."""
+    """In products of one shape: up to 16 queries (those of the heads that share a key head
+    together) by 32 keys at absolute positions, for `slab` pairs of a row and a key head. Chunks of
+    keys are added up from position 0 on."""
     (B, H, Tq, D), (KV, Tk) = q.shape, k.shape[1:3]
     G, pairs, S, wide, causal = H // KV, B * KV, num.slab, -(-D // 16) * 16, mask is None and Tq > 1
-    n = max(1, QUERIES // G)                                # positions whose queries make one product
+    n = max(1, QUERIES // G)                              # positions whose queries make one product
     if mask is None:
         mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device)
         mask = mask.tril_() if causal else mask
     mask = F.pad(mask.view(-1, 1, Tq, Tk), (0, -Tk % KEYS))
-    mask = mask.repeat_interleave(KV, 0) if len(mask) > 1 else mask     # (pairs or 1, 1, Tq, chunks)
+    mask = mask.repeat_interleave(KV, 0) if len(mask) > 1 else mask    # (pairs or 1, 1, Tq, chunks)
     q = q.reshape(pairs, G, Tq, D).float() * D ** -0.5
     k, v = (t.reshape(pairs, Tk, D).float() for t in (k, v))
     out = torch.empty_like(q)
 
-    def product(x, y, width):                               # x (pairs, G, positions, .), y (S, width, .)
+    def product(x, y, width):                          # x (pairs, G, positions, .), y (S, width, .)
         full = torch.bmm(filled(x, S, G, n, width).view(S, G * n, width), y).view(S, G, n, -1)
         return full[:x.shape[0], :, :x.shape[2]]
     for a in range(0, pairs, S):
@@ -152,8 +154,9 @@ def filled(x, *shape):
 
 
 def tree_sum(x):
-    """Sum over the last dimension, kept with length 1: the right half is added to the left one until
-    one number is left. Only elementwise additions, so the order depends on the length alone."""
+    """Sum over the last dimension, kept with length 1: the right half is added to the left one
+    until one number is left. Only elementwise additions, so the order depends on the length
+    alone."""
     n = x.shape[-1]
     while n > 1:
         half = n // 2

@@ -1,25 +1,30 @@
 """fast/graph.py: one decoding step as a CUDA graph.
 
-A small model's step is some two hundred small kernels, and launching them from Python takes longer than running them. A CUDA
-graph records them once and launches all with one call. It replays addresses, not values, hence three rules:
+A small model's step is some two hundred small kernels, and launching them from Python takes longer
+than running them. A CUDA graph records them once and launches all with one call. It replays
+addresses, not values, hence three rules:
 
-    the cache, the last tokens, their positions and the random numbers stay in the same memory, filled in place
-    weights are rounded in place once per update (Numerics.refresh): the next replay reads the new ones
-    shapes are fixed: one graph per number of rows (halved as rows finish) and per 64 slots of the cache in use
+    the cache, the last tokens, their positions and the random numbers stay in the same memory,
+    filled in place weights are rounded in place once per update (Numerics.refresh): the next replay
+    reads the new ones shapes are fixed: one graph per number of rows (halved as rows finish) and
+    per 64 slots of the cache in use
 
-With GraphStep.capture = False the same steps run on the same buffers without a graph. That is what the tests compare on a CPU.
+With GraphStep.capture = False the same steps run on the same buffers without a graph. That is what
+the tests compare on a CPU.
 """
 import torch
 
 from model import KVCache
 
-BUCKET = 64                     # the cache is read up to the next multiple of this many slots; one graph each
+BUCKET = 64           # the cache is read up to the next multiple of this many slots; one graph each
 
 
 class GraphStep:
-    """token (R,), u (R,) -> the next token of each row and its log-prob. Same interface as sample.EagerStep.
+    """token (R,), u (R,) -> the next token of each row and its log-prob. Same interface as
+    sample.EagerStep.
 
-    choose(hidden, u) -> token, logp draws from the policy. Holds a KV cache of `rows` x `width` slots for good."""
+    choose(hidden, u) -> token, logp draws from the policy. Holds a KV cache of `rows` x `width`
+    slots for good."""
 
     capture = True
 
@@ -29,7 +34,8 @@ class GraphStep:
         self.cache = KVCache(model.cfg, rows, -(-width // BUCKET) * BUCKET, model.num)
         self.token = torch.zeros(rows, dtype=torch.int64, device=device)
         self.position = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.u, self.logp = torch.zeros(2, rows, device=device)
+        self.u = torch.zeros(rows, dtype=torch.float64, device=device)
+        self.logp = torch.zeros(rows, device=device)
         self.graphs, self.pool = {}, None
 
     def start(self, cache, index, lengths):
@@ -72,12 +78,12 @@ class GraphStep:
     def _record(self, rows, end):
         state = [(t, t.clone()) for t in (self.token, self.position)]
 
-        def restore():                                        # a step done twice at one position writes the same keys twice
+        def restore():                # a step done twice at one position writes the same keys twice
             for t, value in state:
                 t.copy_(value)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):                         # libraries set themselves up on their first calls
+        with torch.cuda.stream(side):             # libraries set themselves up on their first calls
             for _ in range(2):
                 self._step(rows, end)
                 restore()

@@ -1,8 +1,9 @@
 """run/base.py: the policy that RL begins with.
 
-Without --model it is a GPT from scratch that imitates the task's noisy demonstrator, made once and kept
-in `.cache/`. It stands in for a pretrained checkpoint: right about half of the time, and unable to get
-better by more imitation. With --model it is a checkpoint of the hub, with LoRA adapters if asked for.
+Without --model it is a GPT from scratch that imitates the task's noisy demonstrator, made once and
+kept in `.cache/`. It stands in for a pretrained checkpoint: right about half of the time, and
+unable to get better by more imitation. With --model it is a checkpoint of the hub, with LoRA
+adapters if asked for.
 """
 import hashlib
 import json
@@ -17,11 +18,12 @@ from data.env import Env
 from data.tokenizer import PAD, STOP, TOKENIZER, Bytes, encode
 from hf import tokenizer as hf_tokenizer
 from hf import weights
-from model import GPT, GPTConfig, load_checkpoint, load_model, save_checkpoint
+from model import GPT, GPTConfig
 from operators import CACHE, numerics, why_plain
 from operators.code import fingerprint, fingerprints
 from operators.device import reproducible
 from precision import InputError, Numerics, make_scaler
+from run.checkpoint import load_checkpoint, load_model, save_checkpoint
 from run.lines import clock, say
 
 HEAD_WIDTH, EXPERTS_PER_TOKEN = 64, 2
@@ -42,9 +44,9 @@ def load_task(cfg):
 
 
 def gpt_config(cfg, env):
-    """The shape of the policy. Without --model width and layers say it all: heads of 64 features, but 4
-    of them at least, two query heads to a key head, an MLP three times as wide; with experts Qwen3-MoE's
-    shape, and the two that a token goes to are together as wide as the MLP."""
+    """The shape of the policy. Without --model width and layers say it all: heads of 64 features,
+    but 4 of them at least, two query heads to a key head, an MLP three times as wide; with experts
+    Qwen3-MoE's shape, and the two that a token goes to are together as wide as the MLP."""
     context = env.prompt_length + env.answer_length
     if cfg.model:
         return weights.read_config(cfg.model, context)
@@ -58,8 +60,9 @@ def gpt_config(cfg, env):
 
 
 def find_base(cfg, device, env=None):
-    """-> (the cached base model for these settings or None, the path it has or would have, its key). A
-    checkpoint of --model stays where it is; what is found out about it is kept under this path."""
+    """-> (the cached base model for these settings or None, the path it has or would have, its
+    key). A checkpoint of --model stays where it is; what is found out about it is kept under this
+    path."""
     if cfg.model:
         key = dict(model=weights.fingerprint(cfg.model), form=cfg.prompt_form,
                    precision=cfg.base_precision, device=device.type, torch=torch.__version__)
@@ -94,8 +97,8 @@ def code(cfg, *more):
 
 
 def get_base(cfg, device, env=None):
-    """The policy that RL begins with: --model's, else the base model for these settings, from the cache
-    if it is there, else trained and put there."""
+    """The policy that RL begins with: --model's, else the base model for these settings, from the
+    cache if it is there, else trained and put there."""
     env = env or load_task(cfg)
     if cfg.model:
         return weights.load(cfg.model, device, env.prompt_length + env.answer_length, say)
@@ -127,7 +130,8 @@ def demonstrations(task, n, rng):
 
 
 def train_base(model, env, cfg):
-    """Cross-entropy on the demonstrators' answers, AdamW, a short warm-up and a linear fall to 0."""
+    """Cross-entropy on the demonstrators' answers, AdamW, a short warm-up and a linear fall to
+    0."""
     device, room = model.embedding.device, model.cfg.context
     num = numerics(cfg.base_precision, device, cfg.fast).hold(model.parameters())
     model.use(num)
@@ -160,11 +164,11 @@ def train_base(model, env, cfg):
 
 
 def load_policy(cfg, env, device, saved=None, num=None):
-    """The model that learns, from its checkpoint (the dict `saved`) or from the base. num: the numerics
-    of both sides, where they are the same."""
+    """The model that learns, from its checkpoint (the dict `saved`) or from the base. num: the
+    numerics of both sides, where they are the same."""
     if saved:
         base = None
-        if cfg.model and cfg.lora_rank:                         # the checkpoint holds the adapters alone
+        if cfg.model and cfg.lora_rank:                    # the checkpoint holds the adapters alone
             if weights.fingerprint(cfg.model) != saved["base"]:
                 raise InputError(f"{cfg.model} is not the model that this run began with")
             base = get_base(cfg, device, env)
@@ -195,7 +199,8 @@ def load_reference(cfg, model, saved, device):
 
 
 def export(cfg, folder, model):
-    """What a run of --model leaves for other tools: a folder for transformers, or an adapter for peft."""
+    """What a run of --model leaves for other tools: a folder for transformers, or an adapter for
+    peft."""
     if cfg.lora_rank:
         weights.save_adapter(folder / "adapter", model, cfg.model, replace=True)
         return say(f"adapter, for peft: {folder}/adapter/")

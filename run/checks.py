@@ -1,5 +1,6 @@
-"""run/checks.py: what is looked at when numbers are not what they should be. Exact mode's self-test, the
-operator where the first bit differs between rollout and training, the layer where the first NaN is."""
+"""run/checks.py: what is looked at when numbers are not what they should be. Exact mode's
+self-test, the operator where the first bit differs between rollout and training, the layer where
+the first NaN is."""
 import math
 import sys
 from dataclasses import dataclass
@@ -41,8 +42,9 @@ class Operator:
 
 
 def watch(model, rows, run):
-    """Do run(), a pass over `rows` rows, and return what each operator gave: [(where, operator, rounded,
-    raw or None)], each (rows, T, numbers). What the experts do with some of the tokens is left out."""
+    """Do run(), a pass over `rows` rows, and return what each operator gave: [(where, operator,
+    rounded, raw or None)], each (rows, T, numbers). What the experts do with some of the tokens is
+    left out."""
     num, seen = model.num, []
 
     def spy(kind, where, x, raw):
@@ -65,9 +67,9 @@ def watch(model, rows, run):
 
 
 def compare(model, tokens, start, alone=False):
-    """tokens (B, T) through model.num, a token at a time after the first `start`, and all at once ->
-    [Operator], in order. alone: all at once means the first row by itself, and that row is compared:
-    does it depend on the company it was in?"""
+    """tokens (B, T) through model.num, a token at a time after the first `start`, and all at once
+    -> [Operator], in order. alone: all at once means the first row by itself, and that row is
+    compared: does it depend on the company it was in?"""
     B, T = tokens.shape
     shown = slice(0, 1 if alone else B)
     full = watch(model, 1 if alone else B, lambda: model(tokens[shown]))
@@ -88,8 +90,8 @@ def compare(model, tokens, start, alone=False):
 
 
 def first_difference(model, tokens, start):
-    """In words: the first operator whose numbers differ between a cached and a full pass over tokens
-    (B, T), the first row being one that was found to differ."""
+    """In words: the first operator whose numbers differ between a cached and a full pass over
+    tokens (B, T), the first row being one that was found to differ."""
     for alone in (True, False):
         for op in compare(model, tokens, start, alone):
             if not op.differ == 0:
@@ -102,7 +104,7 @@ def first_difference(model, tokens, start):
 
 def not_exact(model, rollout, differ, advice):
     """differ (R, T): the answers' tokens with other bits in training than in the rollout."""
-    rows = torch.argsort(differ.any(1).int(), descending=True, stable=True)[:24]   # one that differs first
+    rows = torch.argsort(differ.any(1).int(), descending=True, stable=True)[:24]  # one that differs first
     end = int(rollout.length[rows[0]])
     prompt = min(int(rollout.prompt_length[rows].max()), end - 1)
     where = first_difference(model, rollout.tokens[rows, :end], prompt)
@@ -113,17 +115,17 @@ def not_exact(model, rollout, differ, advice):
 
 
 def self_test(model, rollout, logp_train):
-    """Exact mode claims nothing unchecked. rollout: a step of this job's own sizes; logp_train (R, T):
-    its tokens as training computes them. Returns the number of tokens compared."""
+    """Exact mode claims nothing unchecked. rollout: a step of this job's own sizes; logp_train (R,
+    T): its tokens as training computes them. Returns the number of tokens compared."""
     differ = (logp_train != rollout.logp) & rollout.is_answer & torch.isfinite(rollout.logp)
-    if differ.any():                                        # what is not finite stops the loop itself
+    if differ.any():                                      # what is not finite stops the loop itself
         raise not_exact(model, rollout, differ, "Run without --exact")
     return int(rollout.is_answer.sum())
 
 
 def first_bad_layer(model, learn):
-    """Do the update once more (learn() -> the loss) and look at everything that is computed: where, in
-    order, inf or NaN first shows up, in words."""
+    """Do the update once more (learn() -> the loss) and look at everything that is computed: where,
+    in order, inf or NaN first shows up, in words."""
     fmt = model.num.fmt
     for name, p in model.named_parameters():
         if not torch.isfinite(model.num.weight(p)).all():
@@ -145,6 +147,28 @@ def first_bad_layer(model, learn):
     if math.isfinite(loss) or (found and "forward" in found[0]):
         return found[0] if found else "no layer this time: it came and went"
     return "the loss itself, all log-probs being finite: look at rewards and advantages"
+
+
+def check_finite(run, model, acting, learning, meter, rows, once):
+    """Log-probs of both sides are numbers, or the run ends with the name of a layer. once(): the update
+    again."""
+    where = meter.answer[rows]
+    both = meter.batch.rollout.logp, meter.logp
+    mu, pi = (bool(torch.isfinite(x[rows][where]).all()) for x in both)
+    if not (mu and pi):
+        model.use(learning if mu else acting)
+        raise broken("log-probs are no longer finite", first_bad_layer(model, once), run.checkpoint)
+
+
+def check_scale(run, model, scaler, norm, once):
+    """Gradients are numbers, or the loss scale can still fall."""
+    if scaler.is_enabled() and scaler.get_scale() < 1:
+        why = "the loss scale fell below 1"
+    elif not scaler.is_enabled() and not math.isfinite(norm):
+        why = "gradients are no longer finite"
+    else:
+        return
+    raise broken(why, first_bad_layer(model, once), run.checkpoint)
 
 
 def broken(what, where, checkpoint):

@@ -39,7 +39,8 @@ def ranged(kind, low, high):
 
 
 def run_main(main):
-    """Run a command: what the user got wrong is one line and exit status 1, without a stack trace."""
+    """Run a command: what the user got wrong is one line and exit status 1, without a stack
+    trace."""
     name = sys.argv[0].rsplit("/", 1)[-1]
     try:
         sys.exit(main())

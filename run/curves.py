@@ -1,5 +1,5 @@
-"""run/curves.py: curves.png of a run. Is it learning, how large is the mismatch, is the loss scale calm,
-where does the time go.
+"""run/curves.py: curves.png of a run. Is it learning, how large is the mismatch, is the loss scale
+calm, where does the time go.
 
     python -m run.curves out/run1          # draw it again from metrics.jsonl
 """

@@ -8,17 +8,18 @@ import dataclasses
 import math
 import textwrap
 
-from algorithms import ALGORITHMS, PAPER
+from algorithms import ALGORITHMS, CORRECTIONS, PAPER, decoupled, parse_correction
 from operators.device import pick_device
-from precision import InputError, nearest
+from precision import InputError, nearest, parse_format
 from run.console import Parser, number
 
 
 def setting(group, default, text, low=None, high=None, choices=None, *, gpu=None, model=None, lora=None,
             when=None, later=False, free=False, common=False):
     """A dataclass field. low, high: bounds of a number, or of each of a pair. gpu, model, lora: the
-    default on a GPU, with --model, with --lora-rank. when: (words, condition on the settings). later: a
-    resumed run may change it. free: it does not change what the sanity test asks. common: in --help."""
+    default on a GPU, with --model, with --lora-rank. when: (words, condition on the settings).
+    later: a resumed run may change it. free: it does not change what the sanity test asks. common:
+    in --help."""
     presets = {k: v for k, v in dict(gpu=gpu, model=model, lora=lora).items() if v is not None}
     return dataclasses.field(default=default, metadata=dict(
         group=group, text=text, low=low, high=high, choices=choices, presets=presets, when=when,
@@ -98,6 +99,45 @@ def refuse_idle(cfg, given):
                 raise InputError(f"{flag(f.name)} would have no effect: it counts {words}")
 
 
+def check(cfg, given=()):
+    """Complain, in one line, about settings that cannot work together, and flags without effect."""
+    for name in (cfg.rollout_format, cfg.train_format):
+        parse_format(name)
+    check_correction(cfg)
+    refuse_idle(cfg, given)
+    if cfg.exact and parse_format(cfg.rollout_format) != parse_format(cfg.train_format):
+        raise InputError(f"--exact needs one format on both sides, not {cfg.rollout_format} and "
+                         f"{cfg.train_format}")
+    if cfg.prompts % cfg.updates_per_batch:
+        raise InputError(f"--prompts {cfg.prompts} must be a multiple of --updates-per-batch "
+                         f"{cfg.updates_per_batch}")
+    if cfg.keep[0] > cfg.keep[1]:
+        raise InputError(f"--keep {cfg.keep[0]:g} {cfg.keep[1]:g}: the first is above the second, no "
+                         "problem can be kept")
+    return cfg
+
+
+def check_correction(cfg):
+    """--correction is one of ours, with ends that keep something, and counts nothing twice."""
+    name, *ends = cfg.correction.split(":")
+    if cfg.correction == "none":
+        return
+    if name not in CORRECTIONS or name == "none":
+        raise InputError(f"no correction {cfg.correction[:40]!r}{nearest(name, CORRECTIONS)}: there are "
+                         f"{', '.join(CORRECTIONS)}")
+    try:
+        *_, low, high = parse_correction(cfg.correction)
+    except ValueError:
+        raise InputError(f"--correction {cfg.correction[:60]}: after the name stands a cap, as in "
+                         "seq-mis:10, or a low and a high end, as in token-mis:0.5:5") from None
+    if not 0 <= low < high or len(ends) > 2:
+        raise InputError(f"--correction {cfg.correction[:60]} keeps nothing: from {low:g} to {high:g}")
+    if name != "geometric" and ALGORITHMS[cfg.algo].has_ratio and not decoupled(cfg):
+        raise InputError(f"--correction {cfg.correction}: the ratio of --algo {cfg.algo} against the "
+                         "rollout holds the mismatch already, and a weight would count it twice; add "
+                         "--old-policy recomputed")
+
+
 def refuse_settled(config, given):
     """What was decided when a run began."""
     for f in dataclasses.fields(config):
@@ -105,16 +145,16 @@ def refuse_settled(config, given):
             raise InputError(f"{flag(f.name)} was settled when the run began and cannot change on --resume")
 
 
-def resumed(config, saved, given, algorithms):
-    """The settings of a resumed run: the saved ones with the given flags over them. Another algorithm
-    comes with its own settings, and without those of the old one."""
+def resumed(config, saved, given):
+    """The settings of a resumed run: the saved ones with the given flags over them. Another
+    algorithm comes with its own settings, and without those of the old one."""
     refuse_settled(config, given)
     cfg = dict(saved)
     if "algo" in given:
-        own = {k for a in algorithms.values() for k in a.settings} | {"old_policy", "correction"}
+        own = {k for a in ALGORITHMS.values() for k in a.settings} | {"old_policy", "correction"}
         cfg |= {f.name: f.default for f in dataclasses.fields(config) if f.name in own}
-        cfg |= algorithms[given["algo"]].settings
-    if "precision" in given:                                    # for both sides, whatever was set apart before
+        cfg |= ALGORITHMS[given["algo"]].settings
+    if "precision" in given:                         # for both sides, whatever was set apart before
         cfg["rollout_precision"] = ""
     return cfg | given
 
@@ -126,20 +166,21 @@ def changed(cfg):
             if not f.metadata["free"] and getattr(cfg, f.name) != getattr(usual, f.name)]
 
 
-# -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Help
 
 
 def entry(f, full):
     """A flag's lines in the help."""
     m, default = f.metadata, f.default
-    shown = {str: "", int: " N", float: " X", tuple: " LOW HIGH", bool: ""}[type(default)]
-    name = ("--no-" + flag(f.name)[2:] if default is True else flag(f.name)) + shown
+    value = {str: "", int: " N", float: " X", tuple: " LOW HIGH", bool: ""}[type(default)]
+    name = ("--no-" + flag(f.name)[2:] if default is True else flag(f.name)) + value
     name += " " + ("|".join(m["choices"]) if m["choices"] else "TEXT") if isinstance(default, str) else ""
     text = m["text"]
     if full:
-        words = dict(gpu="on a GPU", model="with --model", lora="with --lora-rank")
-        values = [f"default {plain(default)}"] if default not in ("", False, True) else []
+        words = dict(gpu="on a GPU", model="with --model", lora="with --model and --lora-rank")
+        shown = default != "" and not isinstance(default, bool)
+        values = [f"default {plain(default)}"] if shown else []
         values += [f"{words[k]} {plain(v)}" for k, v in m["presets"].items()]
         text += f" ({'; '.join(values)})" if values else ""
         text += f". Counts {m['when'][0]}" if m["when"] else ""
@@ -150,6 +191,8 @@ def entry(f, full):
 
 
 def plain(x):
+    if isinstance(x, bool):
+        return "on" if x else "off"
     if isinstance(x, tuple):
         return " ".join(map(plain, x))
     return "infinity" if x == math.inf else f"{x:g}" if isinstance(x, float) else str(x)

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from data import Problem
-from model import load_checkpoint, save_checkpoint
 from operators.code import ROOT
 from precision import InputError
+from run.checkpoint import load_checkpoint, save_checkpoint
 from run.flags import changed
 from run.lines import say
 
@@ -43,7 +43,8 @@ class Run:
 
     @classmethod
     def new(cls, out):
-        """A fresh folder: `out`, or the next free out/runN. One that already holds a run is refused."""
+        """A fresh folder: `out`, or the next free out/runN. One that already holds a run is
+        refused."""
         if out:
             run = cls(out)
             if run.metrics.exists() or run.checkpoint.exists():
@@ -67,8 +68,8 @@ class Run:
             pass
 
     def rewind(self, step):
-        """Drop what was written after `step`, and an earlier result: a killed run has lines of steps
-        that are about to be done again."""
+        """Drop what was written after `step`, and an earlier result: a killed run has lines of
+        steps that are about to be done again."""
         for path in (self.metrics, self.samples):
             kept = []
             for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
@@ -76,7 +77,7 @@ class Run:
                     row = json.loads(line)
                     if row.get("step", 0) <= step and "result" not in row:
                         kept.append(line + "\n")
-                except json.JSONDecodeError:                            # a line cut short by the kill
+                except json.JSONDecodeError:                          # a line cut short by the kill
                     pass
             partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
             partial.write_text("".join(kept), encoding="utf-8")
@@ -119,7 +120,7 @@ class Run:
         state = self.restore(saved, optimizer, scaler, device)
         if state.step > cfg.steps:
             raise InputError(f"{self.path} has done {state.step} steps, more than --steps {cfg.steps}")
-        state.changed = sorted({*changed(cfg), *state.changed})         # what a run once changed stays changed
+        state.changed = sorted({*changed(cfg), *state.changed})  # what a run once changed stays changed
         self.rewind(state.step)
         self.log(dict(resumed_at=state.step, given=given))
         say(f"resumed {self.path} at step {state.step}")
@@ -131,7 +132,7 @@ class Run:
             optimizer.load_state_dict(saved["optimizer"])
             if scaler.is_enabled() and saved["scaler"]:
                 scaler.load_state_dict(saved["scaler"])
-            torch.set_rng_state(saved["torch_rng"].cpu())       # nothing here draws from it; what you add may
+            torch.set_rng_state(saved["torch_rng"].cpu())  # nothing here draws from it; what you add may
             if device.type == "cuda" and saved["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(saved["cuda_rng"].cpu(), device)
             state = State(**{f.name: saved[f.name] for f in dataclasses.fields(State)})
@@ -145,7 +146,7 @@ class Run:
 def load_saved(resume, config):
     """The checkpoint of a run to go on with -> (its folder, its dict)."""
     path = pathlib.Path(resume)
-    path = path.parent if path.is_file() else path                      # the checkpoint itself was named
+    path = path.parent if path.is_file() else path                 # the checkpoint itself was named
     saved = load_checkpoint(path)
     known = {f.name for f in dataclasses.fields(config)}
     if "step" not in saved or not set(saved["config"]) <= known:
@@ -156,8 +157,8 @@ def load_saved(resume, config):
 
 @contextmanager
 def interruptible():
-    """A first Ctrl-C ends the step, a second one ends at once. Yields a list that is empty until then.
-    Afterwards Ctrl-C means what it meant before."""
+    """A first Ctrl-C ends the step, a second one ends at once. Yields a list that is empty until
+    then. Afterwards Ctrl-C means what it meant before."""
     stop = []
 
     def on_interrupt(*_):
@@ -166,7 +167,7 @@ def interruptible():
         say("\nstopping after this step (Ctrl-C again: at once)")
     try:
         before = signal.signal(signal.SIGINT, on_interrupt)
-    except ValueError:                                                  # not the main thread: no signals
+    except ValueError:                                             # not the main thread: no signals
         yield stop
         return
     try:
@@ -182,7 +183,7 @@ def provenance(cfg, device):
             return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True,
                                   cwd=ROOT).stdout.strip()
         except (OSError, subprocess.SubprocessError):
-            return None                                                 # not a git checkout, or no git
+            return None                                              # not a git checkout, or no git
     gpu = device.type == "cuda"
     return dict(
         config=dataclasses.asdict(cfg),

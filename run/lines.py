@@ -48,7 +48,8 @@ def step_line(m, cfg, eta):
 
 
 def diagnose(history):
-    """What is off, in plain words, from the metrics of the last steps: a list of (topic, sentence)."""
+    """What is off, in plain words, from the metrics of the last steps: a list of (topic,
+    sentence)."""
     last, found = history[-5:], {}
     if len(last) < 5:
         return []
@@ -99,7 +100,7 @@ def verdict(cfg, state, accuracy, learned, after, passed, mark):
             f"before, {after:.3f} after")
     say(f"training accuracy, sampled at temperature {cfg.temperature:g}, {cfg.eval_tries} answers to each of "
         f"the {len(state.problems)} problems: {accuracy:.3f}")
-    if cfg.rollout_format != cfg.train_format:          # the deployment gap: pi has learned, mu is deployed
+    if cfg.rollout_format != cfg.train_format:  # the deployment gap: pi has learned, mu is deployed
         say(f"the same answered in {cfg.train_format}, as it was trained: {learned:.3f}")
     if cfg.model:
         say(f"no verdict: that is for the default job; the paper asks {mark:.3f} of a perfectible set "

@@ -1,5 +1,5 @@
-"""run/memory.py: what a run will need in memory, before it runs. `--plan` prints the estimate; every run
-checks it, and tries its largest batch first."""
+"""run/memory.py: what a run will need in memory, before it runs. `--plan` prints the estimate;
+every run checks it, and tries its largest batch first."""
 import dataclasses
 import os
 import pathlib
@@ -21,21 +21,21 @@ CHUNK = 64 * MIB                        # Numerics.token_logprobs: logits that e
 
 
 def saved_per_token(gpt, element, lanes=0, lora=0):
-    """Bytes that one layer keeps for the way back, per token. element: bytes of a number in the compute
-    dtype; where that is 2, FP32 views of what a norm and SwiGLU take are kept beside it. lanes: panel
-    width of the compiled block, 0 without it. lora: the adapters' rank."""
+    """Bytes that one layer keeps for the way back, per token. element: bytes of a number in the
+    compute dtype; where that is 2, FP32 views of what a norm and SwiGLU take are kept beside it.
+    lanes: panel width of the compiled block, 0 without it. lora: the adapters' rank."""
     C, F, H, D = gpt.width, gpt.mlp_width, gpt.n_heads, gpt.head_dim
     heads, view = (H + 2 * gpt.n_kv_heads) * D, 4 if element == 2 else 0
     if lanes and D % lanes == 0 and not gpt.qk_norm and not lora and not gpt.n_experts:
         return 4 * (2 * C + heads + H * D + 2 * F + 2 * H + 2)      # the rest is made again
-    n = 4 * C * element + 2 * C * view + 8                          # two norms: in, out, and a scale
-    n += (heads + (H + gpt.n_kv_heads) * D) * element               # the product; queries and keys, turned
+    n = 4 * C * element + 2 * C * view + 8                         # two norms: in, out, and a scale
+    n += (heads + (H + gpt.n_kv_heads) * D) * element        # the product; queries and keys, turned
     n += 2 * H * D * element + 4 * H                                # attention's output, twice
     n += 7 * lora * element
     if gpt.qk_norm:
         n += (H + gpt.n_kv_heads) * (D * element + D * view + 4)
     K, F = (gpt.experts_per_token, gpt.expert_width) if gpt.n_experts else (1, F)
-    n += K * F * (3 * element + 4 + 2 * view)                       # SwiGLU: in, out, silu of the gate
+    n += K * F * (3 * element + 4 + 2 * view)                    # SwiGLU: in, out, silu of the gate
     if gpt.n_experts:
         n += 2 * K * C * element + K * C * view + 16 * gpt.n_experts
     return n
@@ -49,8 +49,14 @@ def most_rows(cfg):
 
 
 def largest_batch(cfg):
-    """Sequences that go forward and back at once, at most: a micro-batch, or a batch of demonstrations."""
+    """Sequences that go forward and back at once, at most: a micro-batch, or a batch of
+    demonstrations."""
     return max(min(cfg.micro_batch, cfg.prompts * cfg.group), 0 if cfg.model else cfg.base_batch)
+
+
+def count(gpt):
+    """Parameters of a GPT of this shape."""
+    return GPT(dataclasses.replace(gpt, context=1), "meta", seed=None).n_params()
 
 
 def adapter_params(gpt, rank):
@@ -65,7 +71,7 @@ def adapter_params(gpt, rank):
 def needs(cfg, device, env):
     """name -> (bytes, the flags that change it). env: of these settings, its problems chosen."""
     gpt, gpu = gpt_config(cfg, env), device.type == "cuda"
-    N, length = gpt.n_params(), env.prompt_length + env.answer_length
+    N, length = count(gpt), env.prompt_length + env.answer_length
     element = {f: 2 if gpu and f in ("fp16", "bf16") else 4 for f in (cfg.rollout_format, cfg.train_format)}
     lanes = getattr(numerics("fp32", device, cfg.fast), "lanes", 0)
     trained = adapter_params(gpt, cfg.lora_rank) if cfg.lora_rank else N
@@ -74,7 +80,7 @@ def needs(cfg, device, env):
     if frozen and len(element) > 1:                         # two formats: FP32, and a copy for each
         frozen = 4 * N + sum(0 if f == "fp32" else b * N for f, b in element.items())
     if lanes:                                               # packed once more, for each direction
-        rounded += 4 * gpt.n_matrix_params() * (2 + (len(element) > 1))
+        rounded += 4 * (N - gpt.vocab_size * gpt.width * (not gpt.tied_head)) * (2 + (len(element) > 1))
     reference = 0 if not cfg.kl_beta or frozen else N * (4 if cfg.train_format == "fp32" else 8)
     rows, width = most_rows(cfg), length
     if gpu and cfg.fast:                                    # graphs read the cache in whole pieces
@@ -148,8 +154,8 @@ def plan(cfg):
     """The table of --plan. Returns 0 if the run fits by this estimate, else 1."""
     device, env = pick_device(cfg.device), load_task(cfg)
     choose_problems(cfg, env)
-    gpt, need, free = gpt_config(cfg, env), total(cfg, device, env), available(device)
-    say(f"{gpt.n_params() / 1e6:.2f} M parameters, rollout {cfg.rollout_format}, train {cfg.train_format}, "
+    need, free = total(cfg, device, env), available(device)
+    say(f"{count(gpt_config(cfg, env)) / 1e6:.2f} M parameters, rollout {cfg.rollout_format}, train {cfg.train_format}, "
         f"{cfg.prompts} x {cfg.group} answers a step, --micro-batch {cfg.micro_batch}, on {device}")
     for name, (size, flags) in needs(cfg, device, env).items():
         say(f"  {size / MIB:9.1f} MiB  {name:38} {flags}")
@@ -164,16 +170,17 @@ def plan(cfg):
 
 
 def rehearse(cfg, env, acting, learning, learn, model=None):
-    """The largest batch that this run can get, for nothing: the KV cache of the most rows, the longest
-    micro-batch there and back, the optimizer's state. A lack of memory shows now, and not in an hour.
+    """The largest batch that this run can get, for nothing: the KV cache of the most rows, the
+    longest micro-batch there and back, the optimizer's state. A lack of memory shows now, and not
+    in an hour.
 
-    learn(model, tokens, prompt_length): forward and backward over sequences of full length. On random
-    weights, unless there is a model already; it is left as it was."""
+    learn(model, tokens, prompt_length): forward and backward over sequences of full length. On
+    random weights, unless there is a model already; it is left as it was."""
     device = acting.device
     free, need = available(device), total(cfg, device, env)
     if model is not None:                                   # it is there already, and so are they
         need -= 4 * sum(p.numel() for p in model.parameters())
-    if device.type == "cpu" and free is not None and need > free:       # a CPU's system kills without a word
+    if device.type == "cpu" and free is not None and need > free:  # a CPU's system kills without a word
         raise InputError(f"this run needs about {need / MIB:.0f} MiB, {free / MIB:.0f} are free. "
                          f"{advice(cfg, device, env)}")
     try:
@@ -206,13 +213,13 @@ def peak_memory(device):
     """Peak memory of this process on the device, MiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 20
-    try:                                                # getrusage would count what the parent had when it started this process
+    try:                    # getrusage would count what the parent had when it started this process
         with open("/proc/self/status") as f:
             return next(int(line.split()[1]) for line in f if line.startswith("VmHWM")) / 2 ** 10
     except (OSError, StopIteration):
         pass
     try:
         import resource
-    except ImportError:                                                                      # not on Windows
+    except ImportError:                                                             # not on Windows
         return float("nan")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)

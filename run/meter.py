@@ -8,9 +8,11 @@ from precision import mismatch
 
 
 class Meter:
-    """Collects one step's figures. Sums stay on the device until the end: a number would wait for it.
+    """Collects one step's figures. Sums stay on the device until the end: a number would wait for
+    it.
 
-    logp, entropy: (R, T), what training computed for the answers learned from so far, zeros elsewhere."""
+    logp, entropy: (R, T), what training computed for the answers learned from so far, zeros
+    elsewhere."""
 
     def __init__(self, batch):
         self.batch, self.answer = batch, batch.rollout.is_answer
@@ -28,8 +30,9 @@ class Meter:
             self.sums[k] = self.sums.get(k, 0.0) + v
 
     def measure(self, rows, logp=None):
-        """The mismatch of the answers `rows`, before any update. logp: of all answers, where they were
-        scored beforehand. Returns which tokens got other bits in training than in the rollout, (R, T)."""
+        """The mismatch of the answers `rows`, before any update. logp: of all answers, where they
+        were scored beforehand. Returns which tokens got other bits in training than in the rollout,
+        (R, T)."""
         r, logp = self.batch.rollout, self.logp if logp is None else logp
         where = torch.zeros_like(self.answer)
         where[rows] = self.answer[rows]
@@ -65,12 +68,12 @@ class Meter:
 
 
 def routing(model, rollout, part, where):
-    """Sums over the tokens that the answers `part` fed to the experts, where (r, end) bool: times that a
-    layer chose other experts than in the rollout; a layer's busiest expert over the mean, times tokens;
-    tokens."""
-    fed, now = where[:, 1:], model.routes()                     # position t is fed to predict token t + 1
+    """Sums over the tokens that the answers `part` fed to the experts, where (r, end) bool: times
+    that a layer chose other experts than in the rollout; a layer's busiest expert over the mean,
+    times tokens; tokens."""
+    fed, now = where[:, 1:], model.routes()               # position t is fed to predict token t + 1
     then = rollout.routes[part, :now.shape[1]]
-    flipped = (now.sort(-1).values != then.sort(-1).values).any(-1)         # the order does not matter
+    flipped = (now.sort(-1).values != then.sort(-1).values).any(-1)      # the order does not matter
     chosen = now[fed].long().transpose(0, 1).flatten(1)                     # (layers, N K)
     load = torch.zeros(len(chosen), model.cfg.n_experts, device=now.device)
     load.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=load.dtype))

@@ -1,5 +1,5 @@
-"""run/problems.py: the problems of a run. A pool and held-out ones, the perfectible set of the pool, and
-the order in which they come."""
+"""run/problems.py: the problems of a run. A pool and held-out ones, the perfectible set of the
+pool, and the order in which they come."""
 import dataclasses
 import hashlib
 import json
@@ -57,12 +57,12 @@ def choose_problems(cfg, env):
 
 
 def perfectible(model, env, pool, cfg, nums):
-    """The problems of the pool that the base model solves in cfg.keep of its tries (paper: 20 % to 80 %
-    of 40).
+    """The problems of the pool that the base model solves in cfg.keep of its tries (paper: 20 % to
+    80 % of 40).
 
-    It answers in one format (cfg.base_precision), so that the set is a property of the base and the same
-    for every --precision. How often each problem was solved is kept beside the base. nums: numerics that
-    hold the model's weights already."""
+    It answers in one format (cfg.base_precision), so that the set is a property of the base and the
+    same for every --precision. How often each problem was solved is kept beside the base. nums:
+    numerics that hold the model's weights already."""
     low, high = cfg.keep
     if low <= 0 and high >= 1:
         say(f"all {len(pool)} problems are kept")
@@ -78,8 +78,8 @@ def perfectible(model, env, pool, cfg, nums):
 
 
 def solved(model, env, pool, cfg, nums):
-    """How many of TRIES answers to each problem were right, from the cache if this very question was
-    asked of this very code."""
+    """How many of TRIES answers to each problem were right, from the cache if this very question
+    was asked of this very code."""
     device = model.embedding.device
     _, path, base = find_base(cfg, device, env)
     key = json.dumps([base, code(cfg, "sample.py", "run/problems.py"), TRIES, cfg.temperature,
@@ -119,8 +119,8 @@ class Progress:
 
 
 def problems_of_step(problems, drawn, cfg):
-    """P problems from place `drawn` on: epochs over the set, each in an order of its own that follows
-    from the seed."""
+    """P problems from place `drawn` on: epochs over the set, each in an order of its own that
+    follows from the seed."""
     out = []
     for i in range(drawn, drawn + cfg.prompts):
         epoch, at = divmod(i, len(problems))

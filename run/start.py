@@ -1,0 +1,89 @@
+"""run/start.py: what happens once, before the first step and after the last."""
+import time
+from functools import partial
+
+import torch
+
+from data import Problem
+from operators import numerics, why_plain
+from operators.device import pick_device
+from precision import InputError, make_scaler
+from run import base, flags, memory
+from run.curves import draw
+from run.folder import State
+from run.lines import banner, say, verdict
+from run.problems import choose_problems
+from sample import Rollout, solve
+
+STARTED = time.time()
+PASS = 0.95                             # training accuracy, as in the paper
+
+
+def prepare(cfg, given, saved, learn):
+    """-> task, state, numerics of both sides, model. What can fail at once comes before what takes a
+    minute. saved: the checkpoint to go on from; learn(model, rollout, scaler, room, cfg): forward and
+    backward over a rollout, for the rehearsal."""
+    device, env = pick_device(cfg.device), base.load_task(cfg)
+    formats = cfg.rollout_format, cfg.train_format
+    acting, learning = (numerics(f, device, cfg.fast, cfg.exact) for f in formats)
+    acting = learning if acting.fmt == learning.fmt else acting     # literally the same rounded weights
+    told = "".join(f" | {k} {flags.plain(v)}" for k, v in given.items() if k not in ("preset", "out"))
+    asked = "asked for" if "preset" in given else "the device is " + device.type
+    say(f"preset {cfg.preset}: {asked}{told}")
+    say(banner(acting, learning, make_scaler(learning, cfg.init_scale)))
+    if cfg.fast and device.type == "cpu" and why_plain(device):
+        say(f"note: plain operators, slower than the compiled ones: {why_plain(device)}")
+    if saved:
+        env.prompt_length, state = saved["prompt_length"], State()
+        state.problems = [Problem(*p) for p in saved["problems"]]
+    else:
+        state = State(*choose_problems(cfg, env), changed=flags.changed(cfg))
+    if cfg.overlong > env.answer_length:
+        raise InputError(f"--overlong {cfg.overlong} is longer than the longest answer, "
+                         f"{env.answer_length} tokens")
+    rehearse = partial(memory.rehearse, cfg, env, acting, learning, partial(longest, cfg, env, learning, learn))
+    if not cfg.model:
+        rehearse()
+    model = base.load_policy(cfg, env, device, saved, learning if acting is learning else None)
+    if cfg.model:
+        rehearse(model)
+    for num in {acting, learning}:
+        num.hold(model.parameters())
+    if cfg.model and not saved:
+        prompt = torch.tensor([env.tokens(state.problems[0])], device=device)
+        base.weights.warn_of_overflow(model.use(learning), prompt, say)
+    return env, state, acting, learning, model
+
+
+def longest(cfg, env, learning, learn, model, tokens, prompt_length):
+    """Forward and backward over sequences of full length."""
+    length = torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
+    prompts = torch.full_like(length, prompt_length)
+    learn(model, Rollout(tokens, tokens.float(), prompts, length, length > 0), make_scaler(learning),
+          env.answer_length)
+
+
+def pass_at_1(cfg, sampler, env, asked, purpose, num):
+    """Of the policy in the numerics `num`, over cfg.eval_tries sampled answers each."""
+    sampler.model.use(num)
+    right = solve(sampler, env, asked, cfg.eval_tries, (cfg.seed, purpose), temperature=cfg.temperature,
+                  rows=cfg.rollout_rows)
+    return sum(right) / (len(asked) * cfg.eval_tries)
+
+
+def finish(cfg, run, state, sampler, env, acting, learning):
+    """The last lines, and the exit status: 0 for PASS or for a run that gets no verdict, 1 for FAIL."""
+    score = partial(pass_at_1, cfg, sampler, env)
+    accuracy = score(state.problems, 8, acting)
+    learned = accuracy if acting is learning else score(state.problems, 8, learning)
+    after = score(state.heldout, 6, acting) if state.heldout else None
+    passed = None if state.changed else accuracy >= PASS
+    verdict(cfg, state, accuracy, learned, after, passed, PASS)
+    run.log(dict(result=dict(accuracy=accuracy, accuracy_train=learned, heldout_before=state.before,
+                             heldout_after=after, kept=len(state.problems), passed=passed,
+                             changed=state.changed, seconds=time.time() - STARTED)))
+    if cfg.model:
+        base.export(cfg, run.path, sampler.model)
+    formats = f"rollout {cfg.rollout_format}, train {cfg.train_format}"
+    say(draw(run.path, run.history(), formats))
+    return 1 if passed is False else 0
