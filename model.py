@@ -254,8 +254,9 @@ class GPT(nn.Module):
             self.embedding = nn.Parameter(torch.empty(cfg.vocab_size, cfg.width))
             self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layers))
             self.norm = nn.Parameter(torch.ones(cfg.width))
-            head = None if cfg.tied_head else nn.Parameter(torch.empty(cfg.vocab_size, cfg.width))
-            self.head = self.embedding if cfg.tied_head else head
+            self.head = self.embedding
+            if not cfg.tied_head:
+                self.head = nn.Parameter(torch.empty(cfg.vocab_size, cfg.width))
         self.recompute, self.lora = False, None     # activations made again; what `adapt` was given
         if seed is not None:
             self._draw(seed)
@@ -298,32 +299,28 @@ class GPT(nn.Module):
         return self
 
     def adapters(self, on):
-        """With or, for a while, without them: the policy as it was before training is the base
-        alone."""
+        """With or, for a while, without them: the base alone is the policy before training."""
         for block in self.blocks:
             block.adapted = on
 
     @torch.no_grad()
     def keep_rounded(self, num):
-        """Where both sides of a run round alike, a frozen weight needs no FP32 master: keep the
-        rounded one, in num's dtype."""
+        """Where both sides round alike, a frozen weight needs no FP32 master: keep the rounded
+        one."""
         for p in self.parameters():
             if not p.requires_grad and not getattr(p, "keep_fp32", False):
                 p.data = num.round(p.data.float())
 
     def forward(self, tokens, cache=None, replay=None):
-        """tokens (B, T) int64 -> hidden states (B, T, C) after the last norm, in num.dtype. replay:
-        see token_logprobs.
-
-        Without a cache the rows start at position 0 and attention is causal. Right padding is
-        harmless: nothing looks to its right. With a cache the tokens continue each row after
-        cache.length, which moves on by T."""
+        """tokens (B, T) int64 -> hidden states (B, T, C) after the last norm. Without a cache rows
+        start at position 0 and attention is causal; right padding is harmless, since nothing looks
+        to its right. With one the tokens continue each row after cache.length. replay: see
+        token_logprobs."""
         num, T = self.num, tokens.shape[1]
         start = 0 if cache is None else cache.length
         if isinstance(start, int):
             if start + T > self.cfg.context:
-                raise InputError(f"{start + T} tokens do not fit the model's context of "
-                                 f"{self.cfg.context}")
+                raise InputError(f"{start + T} tokens do not fit the context of {self.cfg.context}")
             cos, sin, mask = self.cos[start:start + T], self.sin[start:start + T], None
             if start and T > 1:                         # a chunk after a cache: shifted causal mask
                 mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril_(start)
@@ -349,24 +346,21 @@ class GPT(nn.Module):
         return num.rms_norm(x, self.norm, self.cfg.norm_eps)
 
     def routes(self):
-        """Which experts the last forward pass chose: (B, T, MoE layers, K) int16, or None for a
-        model without experts."""
+        """Which experts the last forward pass chose: (B, T, MoE layers, K) int16, or None."""
         chosen = [b.routes for b in self.blocks if b.experts]
         return torch.stack(chosen, 2) if chosen else None
 
     def logits(self, hidden):
-        """hidden (N, C) -> FP32 logits (N, V). For the few rows of a decode step; training uses
-        token_logprobs."""
+        """hidden (N, C) -> FP32 logits (N, V), for decoding; training uses token_logprobs."""
         return self.num.logits(hidden, self.head)
 
     def token_logprobs(self, tokens, where, temperature=1.0, replay=None):
-        """Teacher-forced log-probs of the tokens that `where` marks, as the sampler would have
-        recorded them.
+        """Teacher-forced log-probs of the tokens that `where` marks, as the sampler records them.
 
         tokens (B, T) int64, right-padded; where (B, T) bool, False in column 0. Returns two FP32
         vectors in row-major order of `where`: log pi(token | what stands left of it) and the
-        entropy of that distribution, nats. replay: `routes` (B, T - 1 or more, MoE layers, K) of
-        the rollout, to send every token to the experts that it met there."""
+        entropy of that distribution, nats. replay: the rollout's `routes` (B, T - 1 or more, MoE
+        layers, K), to send every token to the experts that it met there."""
         replay = replay if replay is None else replay[:, :tokens.shape[1] - 1]
         hidden = self(tokens[:, :-1], replay=replay).flatten(0, 1)    # t predicts token t + 1
         rows = where[:, 1:].flatten().nonzero()[:, 0]

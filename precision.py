@@ -1,17 +1,11 @@
-"""precision.py: number formats and the model's operators. The only file in which a number is
-rounded.
+"""precision.py: number formats and the model's operators. Only this file rounds a number.
 
 RL fine-tuning acts with one set of roundings and learns with another. This file makes both the
 same. `Numerics` is one number format on one device. The model, the sampler and the trainer call its
-operators and nothing else. Each operator is ordinary differentiable torch in FP32 between two
-casts:
+operators and nothing else. Each operator is plain differentiable torch in FP32 between two casts:
 
     up(x)     the FP32 view of an input; on the way back, its gradient is rounded to the format
     down(y)   the output, rounded to the format; on the way back, the gradient passes in FP32
-
-    def swiglu(self, x):
-        gate, value = self.up(x).chunk(2, -1)
-        return self.down(F.silu(gate) * value)
 
 A number is rounded there and nowhere else. Two operators have a backward pass of their own: the
 product, because the gradient of a weight must stay in FP32, and the token log-probs, because their
@@ -20,11 +14,10 @@ logits must not all exist at once. How a value is stored depends on the device:
     CUDA   in the format itself. Tensor cores multiply, add up in FP32, round on output.
     CPU    in FP32 tensors that hold only numbers of the format. An FP32 product, then one rounding.
 
-That is the same arithmetic. (One exception: a GPU's fused attention also rounds the probabilities
-before it multiplies the values with them.) A CPU's native half product is 5 to 40 times slower than
-its FP32 product and is never used. The FP32 master weights live in the model. `refresh` rounds them
-once per update, in place, and rollout and training both read the rounded ones. Left out on purpose:
-torch.autocast, whose hidden lists of operators decide what is rounded.
+That is the same arithmetic. (One exception: a GPU's fused attention also rounds the probabilities.)
+A CPU's native half product is 5 to 40 times slower than its FP32 product and is never used. The
+FP32 master weights live in the model; `refresh` rounds them once per update, and rollout and
+training read the same rounded ones. Left out: torch.autocast, which hides what is rounded.
 """
 import difflib
 import math
@@ -36,8 +29,7 @@ import torch.nn.functional as F
 
 
 class InputError(ValueError):
-    """The user gave something that cannot work. The commands print it as one line, without a stack
-    trace."""
+    """The user gave something that cannot work. The commands print it as one line."""
 
 
 def nearest(name, known):
@@ -63,8 +55,7 @@ class Format:
     tiny = property(lambda f: 2.0 ** (2 - 2 ** (f.exp - 1)))        # smallest normal number
     smallest = property(lambda f: f.tiny * f.eps)                   # half of it and less becomes 0
     max = property(lambda f: 2.0 ** (2 ** (f.exp - 1) - 1) * (2 - f.eps))         # more becomes inf
-    # Gradients of an RL loss are around 1e-4 / tokens: most are below `smallest` of a narrow
-    # format.
+    # Gradients of an RL loss are around 1e-4 / tokens: a narrow format loses most of them.
     needs_loss_scaling = property(lambda f: f.exp < 8)
 
 
@@ -89,8 +80,8 @@ def parse_format(text):
     if not (2 <= exp <= 8 and 1 <= man <= 23):
         raise InputError(f"number format {text!r} makes no sense: eXmY needs 2 to 8 exponent bits "
                          "and 1 to 23 mantissa bits")
-    known = (f for f in FORMATS.values() if (f.exp, f.man) == (exp, man))
-    return next(known, Format(name, exp, man))
+    known = {(f.exp, f.man): f for f in FORMATS.values()}
+    return known.get((exp, man), Format(name, exp, man))
 
 
 def emulate(x, fmt):
@@ -121,10 +112,10 @@ def emulate(x, fmt):
 class Numerics:
     """One number format on one device: it rounds, multiplies, and keeps the rounded weights.
 
-    fmt: Format or its name; device: torch.device. Activations, rounded weights and the KV cache are
-    kept in `dtype`: the format's own on CUDA, FP32 wherever the format is emulated. `where` is the
-    layer at work, for messages. `spy`, if set, is called as spy(kind, where, rounded, before) with
-    the output of each operator (kind "forward") and the gradient of each input ("backward")."""
+    fmt: Format or its name. Activations, rounded weights and the KV cache are kept in `dtype`: the
+    format's own on CUDA, FP32 wherever the format is emulated. `where` is the layer at work, for
+    messages. `spy`, if set, is called as spy(kind, where, rounded, before) with the output of each
+    operator (kind "forward") and the gradient of each input ("backward")."""
 
     exact = False                       # operators/exact.py: rollout and training agree bit for bit
     operators = "torch's"
@@ -165,9 +156,9 @@ class Numerics:
 
     @torch.no_grad()
     def hold(self, parameters):
-        """Keep a rounded copy of these FP32 master weights. No copy is made of what needs none:
-        FP32 masters in fp32, a parameter marked `keep_fp32`, a frozen one that is rounded
-        already."""
+        """Keep a rounded copy of these FP32 master weights, and of no others. What needs no copy:
+        masters in fp32, a parameter marked `keep_fp32`, a frozen one that is rounded already."""
+        self._rounded = {}
         for p in parameters:
             fp32 = self.fmt.name == "fp32" and p.dtype == torch.float32
             if fp32 or getattr(p, "keep_fp32", False):
@@ -180,15 +171,11 @@ class Numerics:
 
     @torch.no_grad()
     def refresh(self):
-        """Round the trained masters again, in place, so that whoever reads the rounded weights (a
-        CUDA graph, for one) keeps its addresses. Called once per update."""
+        """Round the trained masters again, once per update. In place: a CUDA graph reads
+        addresses."""
         for p, r in self._rounded.items():
             if p.requires_grad and r.data_ptr() != p.data_ptr():
                 r.copy_(self.round(p))
-
-    def release(self):
-        """Forget all weights held."""
-        self._rounded.clear()
 
     def weight(self, p):
         """The rounded copy of master weight `p`, in `dtype`, without a gradient."""
@@ -203,8 +190,7 @@ class Numerics:
     # -- operators. x is (..., C) in `dtype`, weights are FP32 masters
 
     def embed(self, tokens, w):
-        """tokens (B, T) int64, w (V, C) -> (B, T, C). Rounding the rows that are looked up gives
-        the rows of the rounded table."""
+        """tokens (B, T) int64, w (V, C) -> (B, T, C): the rows of the rounded table."""
         return self.down(F.embedding(tokens, w))
 
     def linear(self, x, w, b=None):
@@ -212,13 +198,11 @@ class Numerics:
         return self.down(_Product.apply(self.operand(x), w, b, self))
 
     def add(self, x, y, scale=1.0):
-        """x + scale * y. In the residual stream two gradients meet here, and their sum is
-        rounded."""
+        """x + scale * y. Two gradients meet in the residual stream; their sum is rounded here."""
         return self.down(self.up(x) + (self.up(y) if scale == 1 else scale * self.up(y)))
 
     def mix(self, xs, weights):
-        """xs (N, K, C), weights (N, K) FP32 -> sum over k of weights * xs, (N, C). The terms are
-        added one after another: their order depends on nothing else."""
+        """xs (N, K, C), weights (N, K) FP32 -> sum over k of weights * xs, (N, C), in order."""
         xs, total = self.up(xs), 0
         for k in range(xs.shape[1]):
             total = total + xs[:, k] * weights[:, k, None]
@@ -229,8 +213,7 @@ class Numerics:
         return self.down(F.rms_norm(self.up(x), w.shape, self.gain(w), eps))
 
     def swiglu(self, x):
-        """x (..., 2F), gate in the first half, value in the second -> silu(gate) * value, (..., F)
-        (Shazeer 2020)."""
+        """x (..., 2F), gate, then value -> silu(gate) * value, (..., F) (Shazeer 2020)."""
         gate, value = self.up(x).chunk(2, -1)
         return self.down(F.silu(gate) * value)
 
@@ -243,10 +226,9 @@ class Numerics:
     def attention(self, q, k, v, mask=None):
         """softmax(q kᵀ / sqrt(D)) v, with grouped key/value heads.
 
-        q (B, H, Tq, D), k and v (B, KV, Tk, D), H a multiple of KV. mask None: causal when Tq ==
-        Tk, everything visible when Tq == 1; else a bool mask that broadcasts to (B, 1, Tq, Tk),
-        True where a query may look. SDPA's own is_causal lines up the top left corners, which is
-        wrong for a chunk behind a cache: it is used for Tq == Tk only."""
+        q (B, H, Tq, D), k and v (B, KV, Tk, D), H a multiple of KV. mask None: causal if Tq == Tk,
+        all visible if Tq == 1; else bool, broadcast to (B, 1, Tq, Tk), True where a query may look.
+        SDPA's own is_causal lines up the top left corners: wrong for a chunk after a cache."""
         (B, H, Tq, D), (KV, Tk) = q.shape, k.shape[1:3]
         assert mask is not None or Tq in (1, Tk)
         q, k, v = self.operand(q), self.operand(k), self.operand(v)
@@ -258,16 +240,14 @@ class Numerics:
         return self.down(y)
 
     def block(self, block, x, cos, sin, mask, cache):
-        """A model.Block's output if these numerics have it in one piece. None: its lines are
-        run."""
+        """A model.Block's output if these numerics have it in one piece. None: run its lines."""
         return None
 
     # -- log-probs: the two sides of the mismatch, side by side
 
     def log_softmax(self, logits, temperature=1.0):
         """FP32 log-probs of the tempered policy (..., V). Sampler and trainer both call this one. A
-        temperature divides the *logits*. Dividing log-probs, or tempering one side only, is a
-        mismatch that no number format can mend."""
+        temperature divides the *logits*, on both sides: no number format mends another mismatch."""
         return torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)
 
     def logits(self, h, w):
@@ -275,8 +255,8 @@ class Numerics:
         return mm32(h, self.weight(w).t())
 
     def router_logits(self, x, w):
-        """x (N, C), w (E, C) FP32 -> x wᵀ (N, E) in FP32, with gradients: a coarse router would
-        send tokens elsewhere."""
+        """x (N, C), w (E, C) FP32 -> x wᵀ (N, E) in FP32: a coarse router sends tokens
+        elsewhere."""
         return _Product.apply(self.up(x), w, None, self)
 
     def draw(self, logits, u, temperature=1.0):
@@ -284,8 +264,8 @@ class Numerics:
         may be overwritten; u (R,) FP64 in [0, 1) -> token (R,) int64 and its FP32 log-prob under
         softmax(logits / temperature) (R,): the log-prob that the rollout records.
 
-        Sums run in FP64: in FP32, a sixth of a vocabulary of 150,000 could never be drawn. u *
-        total < total for every u below 1, so the token found has a probability above 0."""
+        Sums run in FP64: in FP32, a sixth of a vocabulary of 150,000 could never be drawn. And
+        u * total < total for every u below 1, so the token found has a probability above 0."""
         logp = self.log_softmax(logits, temperature)
         cdf = logp.exp().double().cumsum(-1)
         token = (cdf <= u[:, None] * cdf[:, -1:]).sum(-1)
@@ -300,9 +280,8 @@ class Numerics:
         """log softmax(h wᵀ / temperature) at `targets`, and the entropy of each distribution, nats.
 
         h (M, C); rows (N) picks the positions of h that are scored (None: all); targets (N) int64.
-        Returns two FP32 (N), both with gradients: the log-probs that training compares with
-        `draw`'s. The logits exist for one chunk of rows at a time: memory is chunk_bytes, not N x
-        V."""
+        Returns two FP32 (N), both with gradients: training compares the first with `draw`'s. The
+        logits exist for one chunk of rows at a time: memory is chunk_bytes, not N x V."""
         chunk = max(1, chunk_bytes // (4 * w.shape[0]))
         return _TokenLogprobs.apply(h, w, targets, rows, temperature, chunk, self)
 
@@ -317,8 +296,7 @@ class Numerics:
         return d @ self.weight(w)
 
     def probabilities(self, h, w, targets, temperature):
-        """-> softmax(h wᵀ / temperature) (N, V), its log at targets (N), its entropy (N), all
-        FP32."""
+        """-> softmax(h wᵀ / temperature) (N, V), its log at targets (N), its entropy (N)."""
         lp = self.log_softmax(self.logits(h, w), temperature)
         p = lp.exp()
         return p, lp.gather(1, targets[:, None])[:, 0], torch.special.entr(p).sum(-1)
@@ -354,19 +332,13 @@ class _Up(torch.autograd.Function):
 
 
 class _Down(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y, num):
-        return num.round(y)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return dy.float(), None
+    forward = staticmethod(lambda ctx, y, num: num.round(y))
+    backward = staticmethod(lambda ctx, dy: (dy.float(), None))
 
 
 class _Product(torch.autograd.Function):
-    """x wᵀ + b for the rounded weights. The gradients of w and b go to their FP32 masters in FP32
-    and unrounded: GradScaler refuses FP16 gradients, since those would overflow as micro-batches
-    add up."""
+    """x wᵀ + b for the rounded weights. The gradients of w and b go to their masters in FP32, not
+    rounded: GradScaler refuses FP16 ones, which would overflow as micro-batches add up."""
 
     @staticmethod
     def forward(ctx, x, w, b, num):
@@ -387,8 +359,8 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, w, targets, rows, temperature, chunk, num):
         ctx.save_for_backward(h, targets, rows)
-        ctx.w, ctx.temperature, ctx.chunk = w, temperature, chunk
-        ctx.num, ctx.where = num, num.where
+        ctx.w, ctx.temperature, ctx.chunk, ctx.num = w, temperature, chunk, num
+        ctx.where = num.where
         ctx.set_materialize_grads(False)
         (logp, entropy), ctx.kept = torch.empty(2, len(targets), device=h.device), None
         for s in (slice(i, i + chunk) for i in range(0, len(targets), chunk)):
@@ -425,10 +397,9 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def make_scaler(num, init_scale=2.0 ** 16):
-    """The loss scaler: on for formats with few exponent bits, else a no-op, so the loop is always
-    the same. Growth interval 400 as in the paper. Per update: scale(loss).backward() for each
-    micro-batch, unscale_ once, clip, step (skipped if a gradient is inf or nan), update (halves
-    after a skip)."""
+    """The loss scaler: on for formats with few exponent bits, else a no-op. Growth interval 400 as
+    in the paper. Per update: scale(loss).backward() for each micro-batch, unscale_ once, clip, step
+    (skipped if a gradient is inf or nan), update (halves after a skip)."""
     return torch.amp.GradScaler(num.device.type, init_scale=init_scale, growth_interval=400,
                                 enabled=num.fmt.needs_loss_scaling)
 
@@ -436,8 +407,8 @@ def make_scaler(num, init_scale=2.0 ** 16):
 def mismatch(logp_rollout, logp_train, lengths):
     """How far the policy that acted (mu) is from the policy that learns (pi), before any update.
 
-    logp_rollout, logp_train: FP32 (N,), the answers' tokens one answer after another; lengths: (R,)
-    tokens per answer, N in all. With d = log mu(y_t) - log pi(y_t):
+    logp_rollout, logp_train: FP32 (N,), the tokens of one answer after another; lengths: (R,)
+    tokens per answer. With d = log mu(y_t) - log pi(y_t):
       logp_gap_mean, _p99, _max   of |d|, nats
       prob_gap_mean   mean |mu - pi| (verl's rollout_probs_diff)
       kl_k1           mean d, unbiased KL[mu || pi] per token
@@ -450,14 +421,11 @@ def mismatch(logp_rollout, logp_train, lengths):
     gap, ratio = d.abs(), torch.exp(-d)
     answer = torch.arange(len(lengths), device=d.device).repeat_interleave(lengths.to(d.device))
     seq = d.new_zeros(len(lengths)).index_add_(0, answer, d)
+    prob = (logp_rollout.double().exp() - logp_train.double().exp()).abs()
     found = dict(
-        logp_gap_mean=gap.mean(),
+        logp_gap_mean=gap.mean(), logp_gap_max=gap.max(), prob_gap_mean=prob.mean(),
         logp_gap_p99=gap.sort().values[min(len(d) - 1, int(0.99 * len(d)))],
-        logp_gap_max=gap.max(),
-        prob_gap_mean=(logp_rollout.double().exp() - logp_train.double().exp()).abs().mean(),
-        kl_k1=d.mean(),
-        kl_k3=(torch.expm1(-d) + d).mean(),
-        seq_kl=seq.mean(),
+        kl_k1=d.mean(), kl_k3=(torch.expm1(-d) + d).mean(), seq_kl=seq.mean(),
         ratio_outliers=((ratio < 0.9) | (ratio > 1.1)).double().mean(),
         exact_share=(d == 0).double().mean())
     return {k: float(v) for k, v in found.items()}

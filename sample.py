@@ -1,10 +1,10 @@
 """sample.py: the KV-cached sampler, and a command line to talk to a model.
 
-    python sample.py --model out/run1 --prompt "187+737="                # answers of a trained model
-    python sample.py --model out/run1 --prompt "187+737=" --n 4 --json   # one JSON object an answer
-    python sample.py --model out/run1 --eval                             # unbiased pass@k on fresh problems
+    python sample.py --model out/run1 --prompt "187+737="               # answers of a trained model
+    python sample.py --model out/run1 --prompt "187+737=" --n 4 --json  # one JSON object an answer
+    python sample.py --model out/run1 --eval                            # unbiased pass@k
     python sample.py --model ./Qwen2.5-0.5B-Instruct --prompt "Why is the sky blue?"
-    python sample.py --model out/run1 --save out/hf                      # a folder that transformers loads
+    python sample.py --model out/run1 --save out/hf                     # a folder for transformers
 
 The sampler prefills each prompt once, copies its cache to the n answers, and decodes all rows in
 one batch. It records the log-prob of every token as it was sampled, from the very distribution that
@@ -14,7 +14,6 @@ ones. Left out: top-k and top-p. Training would have to mirror them exactly.
 import argparse
 import json
 import math
-import pathlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,14 +22,13 @@ import torch
 from data import SCRATCH, draw_problems, make_task, stream, uniforms
 from data.env import Env
 from data.tokenizer import PAD, STOP, Bytes
-from hf import tokenizer as hf_tokenizer
 from hf import weights
 from model import KVCache
 from operators import numerics
 from operators.device import pick_device
 from operators.graph import GraphStep
 from precision import InputError
-from run.checkpoint import load_checkpoint, load_model
+from run.base import open_model
 from run.console import Parser, ranged, run_main
 
 
@@ -43,7 +41,7 @@ class Rollout:
     prompt_length: torch.Tensor     # (R,) int64
     length: torch.Tensor            # (R,) int64, prompt and answer, stop token included
     stopped: torch.Tensor           # (R,) bool, False where the answer ran into max_new_tokens
-    routes: torch.Tensor | None = None  # (R, T, MoE layers, K) int16: the experts that each token went to
+    routes: torch.Tensor | None = None   # (R, T, MoE layers, K) int16: which experts tokens went to
 
     @property
     def is_answer(self):
@@ -125,8 +123,8 @@ class Sampler:
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {max_new_tokens}, it must be at least 1")
         if longest + max_new_tokens > cfg.context:
-            raise InputError(f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the "
-                             f"model's context of {cfg.context} tokens")
+            raise InputError(f"a prompt of {longest} tokens and {max_new_tokens} new ones do not "
+                             f"fit the model's context of {cfg.context} tokens")
         rows, width = len(prompts) * n, longest + max_new_tokens
         padded = np.full((len(prompts), longest), self.pad)
         for row, p in zip(padded, prompts):
@@ -134,7 +132,8 @@ class Sampler:
         padded = torch.from_numpy(padded).to(device)
         start = torch.tensor(lengths, device=device).repeat_interleave(n)
         key = seed if isinstance(seed, tuple) else (seed,)
-        noise = torch.from_numpy(uniforms(key, range(first, first + len(prompts)), n, max_new_tokens))
+        numbers = range(first, first + len(prompts))
+        noise = torch.from_numpy(uniforms(key, numbers, n, max_new_tokens))
         out = Rollout(torch.full((rows, width), self.pad, device=device),
                       torch.zeros(rows, width, device=device), start, start.clone(),
                       torch.zeros(rows, dtype=torch.bool, device=device))
@@ -198,7 +197,8 @@ class Sampler:
         out.stopped |= is_stop.any(0)
         out.length += torch.where(out.stopped, live.sum(0), len(tokens))
         steps = torch.arange(len(tokens), device=tokens.device)[:, None]
-        at = torch.arange(len(out.tokens), device=tokens.device).expand_as(tokens), out.prompt_length + steps
+        row = torch.arange(len(out.tokens), device=tokens.device)
+        at = row.expand_as(tokens), out.prompt_length + steps
         out.tokens[at] = torch.where(live, tokens, self.pad)
         out.logp[at] = torch.where(live, logps, 0.0)
         if routes is not None:
@@ -237,14 +237,14 @@ def pass_at_k(n, c, k):
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def solve(sampler, env, problems, n, seed, max_new_tokens=None, temperature=1.0, rows=512, progress=None):
+def solve(sampler, env, problems, n, seed, temperature=1.0, rows=512, progress=None):
     """n answers to each problem, `rows` of them at a time -> how many of the n were right, a
     problem each. An answer that was cut off counts as wrong. env: data.env.Env."""
     right, per = [], max(1, rows // n)
     for i in range(0, len(problems), per):
         part = problems[i:i + per]
-        out = sampler.generate([env.tokens(p) for p in part], n, max_new_tokens or env.answer_length,
-                               temperature, seed, first=i)
+        prompts = [env.tokens(p) for p in part]
+        out = sampler.generate(prompts, n, env.answer_length, temperature, seed, first=i)
         good = [r == 1.0 for r in env.rewards(part, out)]
         right += [sum(good[j:j + n]) for j in range(0, len(good), n)]
         if progress:
@@ -256,28 +256,11 @@ def solve(sampler, env, problems, n, seed, max_new_tokens=None, temperature=1.0,
 # Command line
 
 
-def open_model(path, device):
-    """-> (model, its tokenizer, the settings of the run that made it). path: a run's folder, a
-    checkpoint file, or the folder of a Hugging Face checkpoint."""
-    path = pathlib.Path(path)
-    if (path / "config.json").exists() and not (path / "checkpoint.pt").exists():
-        return weights.load(path, device), hf_tokenizer.load_tokenizer(path), dict(model=str(path))
-    state = load_checkpoint(path, device)
-    run, base, tokenizer = state.get("config", {}), None, Bytes
-    if run.get("model"):
-        tokenizer = hf_tokenizer.load_tokenizer(run["model"], run["prompt_form"])
-        if state["lora"]:
-            if weights.fingerprint(run["model"]) != state["base"]:
-                raise InputError(f"{run['model']} is not the model that {path} was trained upon")
-            base = weights.load(run["model"], device, state["gpt"]["context"])
-    return load_model(state, device, base=base), tokenizer, run
-
-
 def evaluate(a, sampler, tokenizer, run):
     """Unbiased pass@k: on fresh problems of a task that draws its own, else on those of --data."""
     name = a.task or run.get("task")
     if not name:
-        raise InputError("--eval of what? --task NAME, and for a task with real problems --data FILE")
+        raise InputError("--eval of what? --task NAME, and for real problems --data FILE")
     task = make_task(name, run.get("digits", 3), run.get("noise", 0.0))
     env = Env(task, tokenizer, a.max_new_tokens or run.get("max_answer", 0))
     n = a.n if a.n > 1 else 16
@@ -298,9 +281,9 @@ def evaluate(a, sampler, tokenizer, run):
 
 
 def parse(argv):
-    p = Parser(prog="sample.py", description="Sample from a model, or evaluate it.", allow_abbrev=False)
+    p = Parser(prog="sample.py", description="Sample, or evaluate a model.", allow_abbrev=False)
     add = p.add_argument
-    add("--model", help="a run's folder, a checkpoint file, or the folder of a Hugging Face checkpoint")
+    add("--model", help="a run's folder, a checkpoint file, or a Hugging Face checkpoint's folder")
     add("--prompt", action="append", default=[], help="what to answer; may be given several times")
     add("--n", type=ranged(int, 1, 65536), default=1,
         help="answers per prompt (with --eval: tries per problem, default 16)")
@@ -312,15 +295,15 @@ def parse(argv):
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--fast", action=argparse.BooleanOptionalAction, default=True,
         help="compiled operators, CUDA graphs")
-    add("--seed", type=ranged(int, 0, 2 ** 63 - 1), default=0, help="the same seed, the same answers")
+    add("--seed", type=ranged(int, 0, 2 ** 63 - 1), default=0, help="the same, the same answers")
     add("--json", action="store_true", help="one JSON object an answer: prompt, text, tokens, logp")
-    add("--eval", action="store_true", help="unbiased pass@k on fresh problems of the task, or on --data")
-    add("--problems", type=ranged(int, 1, 10 ** 6), default=256, help="how many problems --eval takes")
+    add("--eval", action="store_true", help="unbiased pass@k on fresh problems, or on --data")
+    add("--problems", type=ranged(int, 1, 10 ** 6), default=256, help="how many --eval takes")
     add("--task", help="for --eval: the task, if it is not the one that the model was trained on")
     add("--data", default="", help="for --eval: a JSON Lines file of problems")
     add("--system", default="", help="a system prompt, for models that know one")
-    add("--save", metavar="DIR", help="write a folder that transformers loads, or an adapter for peft")
-    add("--save-precision", default="fp32", choices=("fp32", "fp16", "bf16"), help="of --save's weights")
+    add("--save", metavar="DIR", help="write a folder for transformers, or an adapter for peft")
+    add("--save-precision", default="fp32", choices=("fp32", "fp16", "bf16"), help="of --save")
     return p.parse_args(argv)
 
 
@@ -331,8 +314,8 @@ def main(argv=None):
     if not (a.prompt or a.eval or a.save):
         raise InputError("nothing to do: give --prompt TEXT, --eval or --save DIR")
     if not a.model:
-        raise InputError("which model? --model out/RUN, the folder of a run of train_rl.py, or one of a "
-                         "Hugging Face checkpoint")
+        raise InputError("which model? --model out/RUN, the folder of a run of train_rl.py, or "
+                         "that of a Hugging Face checkpoint")
     model, tokenizer, run = open_model(a.model, device)
     if a.save:
         if model.lora:
@@ -356,8 +339,8 @@ def main(argv=None):
                 print(json.dumps(dict(prompt=prompt, text=text, tokens=out.tokens[r, span].tolist(),
                                       logp=out.logp[r, span].tolist())))
             else:
-                gap, end = "" if tokenizer is Bytes else "\n", "" if out.stopped[r] else " [cut off]"
-                print(f"{prompt}{gap}{text}{end}")
+                gap = "" if tokenizer is Bytes else "\n"
+                print(f"{prompt}{gap}{text}{'' if out.stopped[r] else ' [cut off]'}")
     if a.eval:
         evaluate(a, sampler, tokenizer, run)
 

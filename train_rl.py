@@ -10,8 +10,7 @@
 
 The job is the paper's sanity test (arXiv 2510.26788, section 4.2) in miniature. A base model
 imitates a noisy demonstrator. Of a pool of problems those are kept that it solves in 20 % to 80 %
-of its tries. RL trains on that fixed set. Each of its problems is known to be solvable and none is
-trivial, so a sound algorithm must come near 100 % on it: PASS is 95 %.
+of its tries. RL trains on these. All can be solved and none is trivial: PASS is 95 %.
 
 One step, top to bottom in `train` below:
     problems -> prompts -> answers, each token's log-prob recorded as it was sampled -> rewards
@@ -74,17 +73,17 @@ class Config:
     seed: int = run_(0, "everything random follows from it", 0, 2 ** 31, **free, **common)
     out: str = run_("", "folder of this run (default: the next out/runN)", **free, **common)
     save_every: int = run_(25, "steps between checkpoints", 1, 10 ** 6, model=50, **both)
-    sample_every: int = run_(10, "steps between samples.jsonl's entries", 1, 10 ** 6, model=1, **both)
+    sample_every: int = run_(10, "steps between samples", 1, 10 ** 6, model=1, **both)
 
     task: str = task_("addition", f"what to learn: {', '.join(SCRATCH)}, yours.py; with --model "
                       f"also {', '.join(REAL)}", **common)
     digits: int = task_(3, "length of the numbers, and of the working", 1, 200, gpu=20, when=DRAWN)
     noise: float = task_(0.15, "how often the base's demonstrator gets a column wrong", 0.0, 0.9,
                          gpu=0.025, when=IMITATED)
-    data: str = task_("", "JSON Lines file of problems, in place of drawn ones", **common)
-    heldout: str = task_("256", "problems, not in the pool, for pass@1 before and after (0: none); or "
-                         "a file of such")
-    pool: int = task_(256, "problems to choose from; 0: all there are", 0, 10 ** 6, gpu=1024, model=0)
+    data: str = task_("", "JSON Lines file of problems", **common)
+    heldout: str = task_("256", "problems, not in the pool, for pass@1 before and after (0: none); "
+                         "or a file of such")
+    pool: int = task_(256, "problems to choose from; 0: all", 0, 10 ** 6, gpu=1024, model=0)
     keep: tuple = task_((0.2, 0.8), "problems that the base solves at least, at most this often",
                         0.0, 1.0, model=(0.0, 1.0))
 
@@ -113,13 +112,14 @@ class Config:
     group: int = rl_(8, "G, answers per problem; their mean is the baseline", 2, 4096, **common)
     algo: str = rl_("dr-grpo", f"{', '.join(ALGORITHMS)}: see --help-all", **both, **common)
     old_policy: str = rl_(
-        "rollout", "what the ratio compares pi with: rollout, the recorded mu; recomputed, pi before "
-        "the batch's first update, which hides the mismatch unless a correction brings it back",
+        "rollout", "what the ratio compares pi with: rollout, the recorded mu; recomputed, pi "
+        "before the batch's first update, which hides the mismatch unless a correction is added",
         choices=("rollout", "recomputed"), when=RATIO, **both)
     correction: str = rl_(
         "none", "weight pi/mu for what mu sampled, of a token or an answer: token-is, token-tis, "
         "token-mis, seq-is, seq-tis, seq-mis, geometric; -is as it is, -tis truncated, -mis "
-        "rejected outside a band; another cap as in seq-mis:10, another band as in token-mis:0.5:5", **both)
+        "rejected outside a band; another cap as in seq-mis:10, another band as in token-mis:0.5:5",
+        **both)
     updates_per_batch: int = rl_(1, "updates from one rollout, each with its share of the prompts "
                                  "(the paper: 4)", 1, 10 ** 4, **free)
     kl_beta: float = rl_(0.0, "weight of KL[pi || base model] in the loss", 0.0, 1e6, **free)

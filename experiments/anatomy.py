@@ -11,10 +11,9 @@ import torch
 
 from algorithms import centred
 from data import draw_problems, stream
-from run.base import find_base, gpt_config
-from run.base import load_task
 from model import GPT
 from precision import Numerics, make_scaler, parse_format
+from run.base import find_base, gpt_config, load_task
 from sample import Sampler
 from train_rl import Batch, Config, collect, learn
 
@@ -98,3 +97,7 @@ def where_they_lie():
 def main():
     bits_and_range()
     where_they_lie()
+
+
+if __name__ == "__main__":
+    main()

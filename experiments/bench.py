@@ -16,6 +16,7 @@ from operators.device import pick_device
 from precision import make_scaler
 from run.base import gpt_config, load_task
 from run.console import run_main
+from run.flags import Help
 from run.lines import say
 from run.memory import peak_memory
 from sample import Sampler
@@ -42,6 +43,19 @@ def gemm_peak(device, num):
     return best
 
 
+def flops(model, tokens, context, heads):
+    """Multiply-adds counted as 2, for one forward pass: `tokens` through the blocks, each with `context` keys on average, `heads`
+    of them through the head. A token meets experts_per_token of the experts. A backward pass is twice that. Masked scores are not
+    counted."""
+    c, per_token = model.cfg, 0
+    for name, p in model.blocks.named_parameters():
+        if p.dim() == 2:
+            met = c.experts_per_token / c.n_experts if "experts.gate_up" in name or "experts.down" in name else 1
+            per_token += p.numel() * met
+    per_token += 2 * c.n_layers * c.n_heads * c.head_dim * context
+    return 2 * tokens * per_token + 2 * heads * c.vocab_size * c.width
+
+
 def bench(cfg):
     """Rollout and training apart, on this job's shapes with random weights, no answer stopping early; the formats take turns
     in one run, and so does the machine's own GEMM peak, so that a slow minute hits all of them."""
@@ -61,10 +75,10 @@ def bench(cfg):
     advantage = torch.where(torch.arange(rows, device=device) % 2 == 0, 0.5, -0.5)
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     # model FLOPs of real tokens: each prompt prefilled once, each new token but the last decoded; then forward and backward
-    work_rollout = model.flops(cfg.prompts * prompt, prompt / 2, cfg.prompts) + model.flops(
-        rows * (new - 1), prompt + new / 2, rows * (new - 1)
+    work_rollout = flops(model, cfg.prompts * prompt, prompt / 2, cfg.prompts) + flops(
+        model, rows * (new - 1), prompt + new / 2, rows * (new - 1)
     )
-    work_train = 3 * model.flops(rows * (prompt + new - 1), (prompt + new) / 2, rows * new)
+    work_train = 3 * flops(model, rows * (prompt + new - 1), (prompt + new) / 2, rows * new)
     times = {f: [] for f in formats}
     peaks = []
     say(
@@ -129,5 +143,12 @@ def bench(cfg):
     return 0
 
 
+def main(argv=None):
+    try:
+        return bench(parse_config(argv)[0])
+    except Help as e:
+        print(e)
+
+
 if __name__ == "__main__":
-    run_main(lambda: bench(parse_config()[0]))
+    run_main(main)

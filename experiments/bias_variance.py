@@ -23,12 +23,11 @@ import torch
 
 from algorithms import ALGORITHMS, PAPER, leave_one_out
 from data import draw_problems, stream
-from run.base import get_base
-from run.base import load_task
 from experiments.lab import GPU, LAB, QUICK, Lab
 from operators import numerics
 from operators.device import pick_device
 from precision import make_scaler
+from run.base import get_base, load_task
 from run.console import run_main
 from sample import Sampler
 from train_rl import Batch, collect, learn, parse_config
@@ -96,7 +95,8 @@ def measure(lab, seed, pairs, batches):
             fmt, training = pair.split("/")
             answers = act(fmt)
             for name, (algo, kw) in NAMES.items():
-                settings = dataclasses.replace(cfg, **{"algo": algo} | {**ALGORITHMS[PAPER.get(algo, {}).get("algo", algo)].settings, **PAPER.get(algo, {}), **kw})
+                own = PAPER.get(algo, dict(algo=algo))
+                settings = dataclasses.replace(cfg, **{**ALGORITHMS[own["algo"]].settings, **own, **kw})
                 g = gradient(model.use(nums[training]), *answers, settings, env.answer_length)
                 out.setdefault(f"{name} {pair}", Moments()).add(g, reference)
     scale = true.norm2()

@@ -3,8 +3,8 @@
     python -m experiments.fit               # on a GPU: 0.5 B and 1.5 B, and 1.5 B with LoRA; 64 x 8 answers of 512 tokens
     python -m experiments.fit --quick       # tiny shapes through the same code
 
-Random weights take as much memory as trained ones. No answer of such a model ends, and none is right, so rewards are drawn by
-lot: every answer is as long as it can be and goes both ways. Each row is a process of its own; the figure is the peak of what
+Random weights take as much memory as trained ones. No answer is let end, and rewards are drawn by lot: every answer is as long
+as it can be and goes both ways. Each row is a process of its own; the figure is the peak of what
 torch had allocated (on a CPU, of what the process held). Writes results/fit.json.
 """
 import json
@@ -16,8 +16,8 @@ import tempfile
 import numpy as np
 import torch
 
-from experiments.lab import ROOT, Lab
 from data.tokenizer import TOKENIZER
+from experiments.lab import ROOT, Lab
 from model import GPT, GPTConfig
 from run.console import run_main
 from run.memory import peak_memory
@@ -40,9 +40,12 @@ def child(folder, flags):
     """One run in this process; its last line is JSON."""
     import train_rl
     from data.env import Env
+    from sample import Sampler
     rng = np.random.default_rng(0)
+    Sampler.ends = lambda self, tokens: torch.zeros_like(tokens, dtype=torch.bool)      # by chance one would, now and then
     Env.rewards = lambda self, problems, rollout: rng.integers(0, 2, len(rollout.length)).astype(float).tolist()
-    args = ["--model", folder, "--task", str(ROOT / "data" / "example_task.py"), "--heldout", "0", "--steps", "2", "--out", f"{folder}/run", *flags]
+    args = ["--model", folder, "--task", str(ROOT / "data" / "example_task.py"), "--heldout", "0", "--steps", "2",
+            "--out", f"{folder}/run", *flags]
     train_rl.main(args)
     device = torch.device("cuda" if torch.cuda.is_available() and "cpu" not in flags else "cpu")
     steps = [json.loads(x) for x in open(f"{folder}/run/metrics.jsonl", encoding="utf-8")]

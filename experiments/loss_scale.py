@@ -15,12 +15,11 @@ import torch
 
 from algorithms import centred
 from data import draw_problems, stream
-from run.base import get_base
-from run.base import load_task
 from experiments.lab import GPU, LAB, QUICK, Job, Lab, band, paired, spread, summary
 from operators import numerics
 from operators.device import pick_device
 from precision import make_scaler, parse_format
+from run.base import get_base, load_task
 from run.console import run_main
 from sample import Sampler
 from train_rl import Batch, collect, learn, parse_config

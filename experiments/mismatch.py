@@ -15,14 +15,14 @@ import numpy as np
 import torch
 
 from data import draw_problems, make_task, stream
-from run.base import get_base
+from data.tokenizer import encode
 from experiments.lab import GPU, Lab, spread
-from operators import numerics
 from model import GPT, GPTConfig
+from operators import numerics
 from operators.device import pick_device
 from precision import mismatch
+from run.base import get_base
 from run.console import run_main
-from data.tokenizer import encode
 from sample import Sampler
 from train_rl import Batch, parse_config, score
 

@@ -16,14 +16,14 @@ import sys
 import torch
 
 from data import draw_problems, make_task, stream
-from run.base import load_task, find_base, get_base, gpt_config
+from data.tokenizer import encode
 from experiments.lab import GPU, LAB, QUICK, Job, Lab, band, summary
 from operators import numerics
-from run.checkpoint import save_checkpoint
 from operators.device import pick_device
 from precision import parse_format
+from run.base import find_base, get_base, gpt_config, load_task
+from run.checkpoint import save_checkpoint
 from run.console import run_main
-from data.tokenizer import encode
 from train_rl import parse_config
 
 
@@ -37,7 +37,7 @@ def grown(lab, cfg, k):
             if name == "embedding" or name.endswith((".proj", ".down")):
                 p *= 2.0 ** k
     save_checkpoint(cache / path.parent.name / path.name, model, config=dataclasses.asdict(gpt_config(cfg, load_task(cfg))))
-    for library in [*path.parent.parent.glob("*.so"), *path.parent.parent.glob("*.sha256")]:                          # compiled operators need not be compiled again
+    for library in [*path.parent.parent.glob("*.so"), *path.parent.parent.glob("*.sha256")]:     # need not be compiled again
         shutil.copy(library, cache)
     num, largest = numerics("fp32", device), [0.0]
     num.spy = lambda kind, where, x, raw: largest.append(float(x.abs().max()))
@@ -53,7 +53,8 @@ def main(argv=None):
                     [*GPU, "--steps", "40"])
     cases = {"fp16": [], "fp16, first scale 2^32": ["--init-scale", str(2.0 ** 32)], "fp16, residual stream x 2^8": 8,
              "fp16, residual stream x 2^16": 16, "bf16, residual stream x 2^16": 16,
-             "fp16, training in e3m10": ["--precision", "e3m10", "--rollout-precision", "fp16"], "fp16, learning rate 0.3": ["--lr", "0.3"]}
+             "fp16, training in e3m10": ["--precision", "e3m10", "--rollout-precision", "fp16"],
+             "fp16, learning rate 0.3": ["--lr", "0.3"]}
     if lab.quick:
         cases = {k: v for k, v in cases.items() if "2^" in k and "2^8" not in k and "bf16" not in k}
     jobs, largest = [], {}

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from algorithms import centred
-from experiments.bench import gemm_peak
+from experiments.bench import flops, gemm_peak
 from model import GPT, GPTConfig
 from operators import numerics, why_plain
 from operators.device import pick_device
@@ -251,14 +251,16 @@ class Own:
         forward and backward over whole sequences. Padding, masked scores and what is computed twice are not counted."""
         s, m = self.size, self.model
         rows, mean = s.prompts * 8, s.prompt + s.new / 2
-        rollout = m.flops(s.prompts * s.prompt, s.prompt / 2, s.prompts) + m.flops(rows * (s.new - 1), mean, rows * (s.new - 1))
-        return rollout, rollout + 3 * m.flops(rows * (s.prompt + s.new - 1), (s.prompt + s.new) / 2, rows * s.new)
+        prefill = flops(m, s.prompts * s.prompt, s.prompt / 2, s.prompts)
+        rollout = prefill + flops(m, rows * (s.new - 1), mean, rows * (s.new - 1))
+        return rollout, rollout + 3 * flops(m, rows * (s.prompt + s.new - 1), (s.prompt + s.new) / 2, rows * s.new)
 
     def decode_bytes(self):
         """Bytes that decoding must read: all weights and the filled KV cache, once a step."""
         s, m, e = self.size, self.model, self.num.dtype.itemsize
         per_slot = 2 * m.cfg.n_layers * m.cfg.n_kv_heads * m.cfg.head_dim * e
-        return (s.new - 1) * (m.cfg.n_matrix_params() * e + s.prompts * 8 * per_slot * (s.prompt + s.new / 2))
+        matrices = sum(p.numel() for p in [*m.blocks.parameters(), m.head] if p.dim() == 2)
+        return (s.new - 1) * (matrices * e + s.prompts * 8 * per_slot * (s.prompt + s.new / 2))
 
 
 def bandwidth(device):
@@ -493,7 +495,7 @@ def memory_probe(device):
     V, N, C = 151936, 32768, 128
     w = torch.nn.Parameter(torch.randn(V, C, device=device) * 0.02)
     num = numerics("fp16", device).hold([w])
-    h = num.round_(torch.randn(N, C, device=device).to(num.dtype)).requires_grad_()
+    h = num.round(torch.randn(N, C, device=device)).requires_grad_()
     targets = torch.randint(0, V, (N,), device=device)
     num.token_logprobs(h[:2], w, targets[:2])[0].sum().backward()             # weights packed, libraries loaded
     h.grad = w.grad = None

@@ -350,35 +350,37 @@ void draw(float *logits, const double *u, float temperature, int64_t *token, flo
 /* ------------------------------------------------------------------------------------------------------------------ */
 /* Matrix products: each number of the result is a sum from its first term to its last, whatever the number of rows */
 
-/* c (m, NR) = a b + start, K terms, in registers; a[i, k] at a[i * rs + k * ks], b[k] at b + k * bs. `more`: start is c,
-   else the bias (which may be missing). `last`: the sum is complete and is rounded. */
-INLINE void tile_(const int m, const float *a, long rs, long ks, const float *b, long bs, long K, float *c, long cs, int more,
+/* c (m, w VL) = a b + start, K terms, in registers, w 1 or 2; a[i, k] at a[i * rs + k * ks], b[k] at b + k * bs. `more`: start
+   is c, else the bias (which may be missing). `last`: the sum is complete and is rounded. */
+INLINE void tile_(const int m, const int w, const float *a, long rs, long ks, const float *b, long bs, long K, float *c, long cs, int more,
                   const float *bias, int last, format f, const int kind) {
     vf acc[MR][2];
-    for (int i = 0; i < m; i++) for (int j = 0; j < 2; j++) acc[i][j] = more ? *(vf *)(c + i * cs + j * VL) : (vf){};
+    for (int i = 0; i < m; i++) for (int j = 0; j < w; j++) acc[i][j] = more ? *(vf *)(c + i * cs + j * VL) : (vf){};
     for (long k = 0; k < K; k++) {
-        vf b0 = *(const vf *)(b + k * bs), b1 = *(const vf *)(b + k * bs + VL);
+        vf b0 = *(const vf *)(b + k * bs), b1 = w == 2 ? *(const vf *)(b + k * bs + VL) : b0;
         for (int i = 0; i < m; i++) {
             vf s = all(a[i * rs + k * ks]);
             acc[i][0] += s * b0;
-            acc[i][1] += s * b1;
+            if (w == 2) acc[i][1] += s * b1;
         }
     }
-    if (last && bias) for (int i = 0; i < m; i++) for (int j = 0; j < 2; j++) acc[i][j] += *(const vf *)(bias + j * VL);
-    if (last) for (int i = 0; i < m; i++) for (int j = 0; j < 2; j++) *(vf *)(c + i * cs + j * VL) = rounded(acc[i][j], kind, f);
-    else for (int i = 0; i < m; i++) for (int j = 0; j < 2; j++) *(vf *)(c + i * cs + j * VL) = acc[i][j];
+    if (last && bias) for (int i = 0; i < m; i++) for (int j = 0; j < w; j++) acc[i][j] += *(const vf *)(bias + j * VL);
+    if (last) for (int i = 0; i < m; i++) for (int j = 0; j < w; j++) *(vf *)(c + i * cs + j * VL) = rounded(acc[i][j], kind, f);
+    else for (int i = 0; i < m; i++) for (int j = 0; j < w; j++) *(vf *)(c + i * cs + j * VL) = acc[i][j];
 }
 #define CASES(m, call) switch (m) { \
     CASE(1, call) CASE(2, call) CASE(3, call) CASE(4, call) CASE(5, call) CASE(6, call) \
     CASE(7, call) CASE(8, call) CASE(9, call) CASE(10, call) CASE(11, call) CASE(12, call) }
 #define CASE(n, call) case n: if (n <= MR) { const int rows = n <= MR ? n : 1; call; } break;
 
-/* the tiles of attention, of a and of a transposed: nothing is rounded */
-static void tile(int m, const float *a, long rs, const float *b, long bs, long K, float *c, long cs) {
-    CASES(m, tile_(rows, a, rs, 1, b, bs, K, c, cs, 0, 0, 0, (format){0}, FP32))
+/* the tiles of attention, of a and of a transposed: nothing is rounded. n: columns, one vector or more than one */
+static void tile(int m, long n, const float *a, long rs, const float *b, long bs, long K, float *c, long cs) {
+    if (n > VL) CASES(m, tile_(rows, 2, a, rs, 1, b, bs, K, c, cs, 0, 0, 0, (format){0}, FP32))
+    else CASES(m, tile_(rows, 1, a, rs, 1, b, bs, K, c, cs, 0, 0, 0, (format){0}, FP32))
 }
-static void tile_t(int m, const float *a, long ks, const float *b, long bs, long K, float *c, long cs) {
-    CASES(m, tile_(rows, a, 1, ks, b, bs, K, c, cs, 1, 0, 0, (format){0}, FP32))
+static void tile_t(int m, long n, const float *a, long ks, const float *b, long bs, long K, float *c, long cs) {
+    if (n > VL) CASES(m, tile_(rows, 2, a, 1, ks, b, bs, K, c, cs, 1, 0, 0, (format){0}, FP32))
+    else CASES(m, tile_(rows, 1, a, 1, ks, b, bs, K, c, cs, 1, 0, 0, (format){0}, FP32))
 }
 
 /* w (N, K) with the given strides -> panels (N / NR, K, NR), zeros behind the last row: the order in which products read it */
@@ -395,7 +397,7 @@ long panel_width(void) { return NR; }
 
 static void panel_tile(int m, const float *x, long K, const float *w, long terms, float *y, long N, int more, const float *bias,
                        int last, format f) {
-    FOR_KINDS(f, CASES(m, tile_(rows, x, K, 1, w, NR, terms, y, N, more, bias, last, f, kind)))
+    FOR_KINDS(f, CASES(m, tile_(rows, 2, x, K, 1, w, NR, terms, y, N, more, bias, last, f, kind)))
 }
 
 /* y (M, N) = round(x (M, K) w^T + bias), w as pack left it; bias padded with zeros to a multiple of NR, or missing */
@@ -456,15 +458,16 @@ INLINE void attention_(const float *q, const float *k, const float *v, const uin
                 int m = least(MR, Tq - t);
                 long n = s->causal ? t + m : Tk, N = up(n, NR);
                 float inverse[MR], *keep = sums + ((b * s->H + h) * Tq + t) * 2;
-                for (long p = 0; p < n; p += NR) tile(m, AT(q, s->q, b, h, t), s->q[2], Kt + p * D, NR, D, S + p, W);
+                for (long p = 0; p < n; p += NR) tile(m, NR, AT(q, s->q, b, h, t), s->q[2], Kt + p * D, NR, D, S + p, W);
                 for (long i = 0; i < m; i++) {
                     hide(S + i * W, N, s->causal ? t + i + 1 : Tk, MASK(b, t + i));
                     softmax_sums x = exponentials(S + i * W, N, 0);
                     keep[2 * i] = x.top, keep[2 * i + 1] = inverse[i] = 1.f / x.total;
                 }
                 for (long d = 0; d < D; d += NR) {
-                    tile(m, S, W, AT(v, s->v, b, kv, 0) + d, s->v[2], n, O, NR);
-                    for (long i = 0; i < m; i++) for (long j = 0; j < NR; j += VL)
+                    long wide = least(NR, D - d);
+                    tile(m, wide, S, W, AT(v, s->v, b, kv, 0) + d, s->v[2], n, O, NR);
+                    for (long i = 0; i < m; i++) for (long j = 0; j < wide; j += VL)
                         *(vf *)(AT(out, s->o, b, h, t + i) + d + j) = rounded(*(vf *)(O + i * NR + j) * inverse[i], kind, f);
                 }
             }
@@ -498,8 +501,8 @@ INLINE void attention_back_(const float *q, const float *k, const float *v, cons
                     const float *kept = sums + ((b * s->H + h) * Tq + t) * 2;
                     float *Pt = P + (t - t0) * W, *dSt = dS + (t - t0) * W;
                     for (long p = 0; p < n; p += NR) {
-                        tile(m, AT(q, s->q, b, h, t), s->q[2], Kt + p * D, NR, D, Pt + p, W);
-                        tile(m, AT(dout, s->dout, b, h, t), s->dout[2], Vt + p * D, NR, D, dSt + p, W);
+                        tile(m, NR, AT(q, s->q, b, h, t), s->q[2], Kt + p * D, NR, D, Pt + p, W);
+                        tile(m, NR, AT(dout, s->dout, b, h, t), s->dout[2], Vt + p * D, NR, D, dSt + p, W);
                     }
                     for (long i = 0; i < m; i++) {
                         float *p = Pt + i * W, *ds = dSt + i * W, top = kept[2 * i], inverse = kept[2 * i + 1];
@@ -514,15 +517,17 @@ INLINE void attention_back_(const float *q, const float *k, const float *v, cons
                         memset(p + N, 0, 4 * rest), memset(ds + N, 0, 4 * rest);
                     }
                     for (long d = 0; d < D; d += NR) {
-                        tile(m, dSt, W, kb + d, s->k[2], n, O, NR);
-                        for (long i = 0; i < m; i++) for (long j = 0; j < NR; j += VL)
+                        long wide = least(NR, D - d);
+                        tile(m, wide, dSt, W, kb + d, s->k[2], n, O, NR);
+                        for (long i = 0; i < m; i++) for (long j = 0; j < wide; j += VL)
                             *(vf *)(AT(dq, s->dq, b, h, t + i) + d + j) = rounded(*(vf *)(O + i * NR + j), kind, f);
                     }
                 }
                 for (long j = 0; j < seen; j += MR) for (long d = 0; d < D; d += NR) {
                     int m = least(MR, seen - j);
-                    tile_t(m, dS + j, W, AT(q, s->q, b, h, t0) + d, s->q[2], c, dK + j * D + d, D);
-                    tile_t(m, P + j, W, AT(dout, s->dout, b, h, t0) + d, s->dout[2], c, dV + j * D + d, D);
+                    long wide = least(NR, D - d);
+                    tile_t(m, wide, dS + j, W, AT(q, s->q, b, h, t0) + d, s->q[2], c, dK + j * D + d, D);
+                    tile_t(m, wide, P + j, W, AT(dout, s->dout, b, h, t0) + d, s->dout[2], c, dV + j * D + d, D);
                 }
             }
             for (long t = 0; t < Tk; t++) for (long d = 0; d < D; d += VL) {
@@ -573,7 +578,7 @@ INLINE void decode_(const float *q, const float *k, const float *v, const uint8_
             const uint8_t *mb = MASK(b, 0);
             float *oh = AT(out, s->o, b, h, 0);
 #define WIDE(c) case c: decode_head(c, qh, kh, s->k[2], vh, s->v[2], h % G ? 0 : s->k[1], mb, p, oh, Tk, scale, f, kind); break;
-            switch (n) { WIDE(2) WIDE(4) WIDE(6) WIDE(8) WIDE(10) WIDE(12) WIDE(14) WIDE(16) }
+            switch (n) { WIDE(1) WIDE(2) WIDE(3) WIDE(4) WIDE(6) WIDE(8) WIDE(10) WIDE(12) WIDE(14) WIDE(16) }
         }
         free(p);
     }
@@ -653,9 +658,9 @@ static void weight_gradient(const float *dy, const float *x, float *dw, long n, 
         if (m == MR) for (long t = 0; t < n; t++) memcpy(columns + t * MR, dy + t * O + o, 4 * MR);
         else for (long t = 0; t < n; t++) for (long r = 0; r < m; r++) columns[t * MR + r] = dy[t * O + o + r];
         for (long i = 0; i < I; i += NR) {
-            if (i + NR <= I) { tile_t(m, columns, MR, panels + i * n, NR, n, dw + o * I + i, I); continue; }
+            if (i + NR <= I) { tile_t(m, NR, columns, MR, panels + i * n, NR, n, dw + o * I + i, I); continue; }
             memset(edge, 0, sizeof edge);                               /* the last columns, where a vector would reach too far */
-            tile_t(m, columns, MR, panels + i * n, NR, n, edge, NR);
+            tile_t(m, NR, columns, MR, panels + i * n, NR, n, edge, NR);
             for (long r = 0; r < m; r++) for (long j = 0; i + j < I; j++) dw[(o + r) * I + i + j] += edge[r * NR + j];
         }
     }

@@ -34,8 +34,8 @@ SOURCE = pathlib.Path(__file__).with_name("block.c")
 # The code that block.c was written after: file -> `fingerprint` of it. When you change one of these
 # files and bring block.c along, bring its number along: `python -m operators.compiled` prints them.
 WRITTEN_AFTER = {
-    "precision.py": "cf9ee1df9a011833",
-    "model.py": "3993109693ad630a",
+    "precision.py": "a212ee906368db4e",
+    "model.py": "cd8fb4ac20f268a6",
     "operators/exact.py": "774a4128f19ee264",
 }
 
@@ -215,10 +215,6 @@ class Compiled(Numerics):
             if p.requires_grad:
                 self._pack(p, back, panels)
 
-    def release(self):
-        self._panels.clear(), self._layers.clear()
-        super().release()
-
     @torch.no_grad()
     def _pack(self, p, back, panels=None):
         w = self.weight(p).t() if back else self.weight(p)
@@ -278,11 +274,11 @@ class Compiled(Numerics):
     # -- the block
 
     def takes(self, block):
-        """Whether block.c knows this block: no adapters, experts, QK-norm, and heads of whole
-        panels."""
-        D = block.cfg.head_dim
-        return not (self.spy or block.cfg.qk_norm or block.experts or block.lora
-                    or D % self.lanes or D > 8 * self.lanes)
+        """Whether block.c knows this block: no adapters, experts, QK-norm; heads of whole vectors."""
+        c, vector = block.cfg, self.lanes // 2
+        whole = c.head_dim % vector == 0 and c.head_dim // vector in (1, 2, 3, *range(4, 17, 2))
+        fits = not c.qkv_bias or (c.n_heads + 2 * c.n_kv_heads) * c.head_dim % self.lanes == 0
+        return whole and fits and not (self.spy or c.qk_norm or block.experts or block.lora)
 
     def block(self, block, x, cos, sin, mask, cache):
         grad = torch.is_grad_enabled()

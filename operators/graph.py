@@ -1,4 +1,4 @@
-"""fast/graph.py: one decoding step as a CUDA graph.
+"""operators/graph.py: one decoding step as a CUDA graph.
 
 A small model's step is some two hundred small kernels, and launching them from Python takes longer
 than running them. A CUDA graph records them once and launches all with one call. It replays

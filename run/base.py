@@ -8,6 +8,7 @@ adapters if asked for.
 import hashlib
 import json
 import math
+import pathlib
 import time
 
 import numpy as np
@@ -207,3 +208,20 @@ def export(cfg, folder, model):
     fmt = cfg.rollout_format if cfg.rollout_format in ("fp16", "bf16") else "fp32"
     weights.save(folder / "model", model, fmt, like=cfg.model, replace=True)
     say(f"model, for transformers and others, in {fmt} as it was rolled out: {folder}/model/")
+
+
+def open_model(path, device):
+    """-> (model, its tokenizer, the settings of the run that made it). path: a run's folder, a
+    checkpoint file, or the folder of a Hugging Face checkpoint."""
+    path = pathlib.Path(path)
+    if (path / "config.json").exists() and not (path / "checkpoint.pt").exists():
+        return weights.load(path, device), hf_tokenizer.load_tokenizer(path), dict(model=str(path))
+    state = load_checkpoint(path, device)
+    run, base, tokenizer = state.get("config", {}), None, Bytes
+    if run.get("model"):
+        tokenizer = hf_tokenizer.load_tokenizer(run["model"], run["prompt_form"])
+        if state["lora"]:
+            if weights.fingerprint(run["model"]) != state["base"]:
+                raise InputError(f"{run['model']} is not the model that {path} was trained upon")
+            base = weights.load(run["model"], device, state["gpt"]["context"])
+    return load_model(state, device, base=base), tokenizer, run

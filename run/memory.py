@@ -20,24 +20,27 @@ MIB = 2 ** 20
 CHUNK = 64 * MIB                        # Numerics.token_logprobs: logits that exist at a time
 
 
-def saved_per_token(gpt, element, lanes=0, lora=0):
+def saved_per_token(gpt, element, lanes=0, lora=0, exact=False):
     """Bytes that one layer keeps for the way back, per token. element: bytes of a number in the
-    compute dtype; where that is 2, FP32 views of what a norm and SwiGLU take are kept beside it.
-    lanes: panel width of the compiled block, 0 without it. lora: the adapters' rank."""
-    C, F, H, D = gpt.width, gpt.mlp_width, gpt.n_heads, gpt.head_dim
-    heads, view = (H + 2 * gpt.n_kv_heads) * D, 4 if element == 2 else 0
+    compute dtype. Products and attention keep what they take in it, norms and SwiGLU in FP32 (exact
+    ones in the compute dtype too, and nothing else: the rest is made again). lanes: panel width of
+    the compiled block, 0 without it. lora: the adapters' rank."""
+    C, F, H, KV, D = gpt.width, gpt.mlp_width, gpt.n_heads, gpt.n_kv_heads, gpt.head_dim
+    heads, wide = (H + 2 * KV) * D, element if exact else 4
     if lanes and D % lanes == 0 and not gpt.qk_norm and not lora and not gpt.n_experts:
         return 4 * (2 * C + heads + H * D + 2 * F + 2 * H + 2)      # the rest is made again
-    n = 4 * C * element + 2 * C * view + 8                         # two norms: in, out, and a scale
-    n += (heads + (H + gpt.n_kv_heads) * D) * element        # the product; queries and keys, turned
-    n += 2 * H * D * element + 4 * H                                # attention's output, twice
+    gained = 4 if element == 4 and not (exact or lora) else 0       # a CPU's norm: before its gain
+    n = 2 * C * (wide + gained + element) + 8                       # two norms: in, out, and a scale
+    n += (heads + (H + KV) * D) * element                    # the product; queries and keys, turned
+    # attention's output, before and after it is rounded
+    n += H * D * element * (1 if exact or element == 2 else 2) + 4 * H
     n += 7 * lora * element
-    if gpt.qk_norm:
-        n += (H + gpt.n_kv_heads) * (D * element + D * view + 4)
+    if gpt.qk_norm and not exact:
+        n += (H + KV) * (4 * D + 4)
     K, F = (gpt.experts_per_token, gpt.expert_width) if gpt.n_experts else (1, F)
-    n += K * F * (3 * element + 4 + 2 * view)                    # SwiGLU: in, out, silu of the gate
+    n += K * F * (2 * wide + (0 if exact else 4) + element)         # SwiGLU: in, silu of the gate, out
     if gpt.n_experts:
-        n += 2 * K * C * element + K * C * view + 16 * gpt.n_experts
+        n += K * C * (element + 4) + 16 * gpt.n_experts             # what each expert takes and gives
     return n
 
 
@@ -206,7 +209,7 @@ def rehearse(cfg, env, acting, learning, learn, model=None):
         if model is not None:
             model.zero_grad(set_to_none=True)
         for num in {acting, learning}:
-            num.release()
+            num.hold(())
 
 
 def peak_memory(device):
