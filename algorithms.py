@@ -5,7 +5,7 @@
     average     what a token counts, and what divides the sum        mask (R, T) -> (R, 1), (R,)
     correction  a weight for what another policy sampled            log-ratio -> weight, kept (R, T)
 
-R answers of T columns, FP32. What stands off an answer's tokens does not matter. Three policies:
+R answers of T columns, FP32. Three policies:
 
     mu       acted. Its log-probs were recorded as it did (`logp_rollout`)
     pi_old   is what PPO's ratio compares pi with (`logp_old`)
@@ -34,14 +34,13 @@ def centred(rewards):
 
 
 def standardised(rewards):
-    """(r - mean) / (std + 1e-8), std of the population (GRPO: Shao et al. 2024, section 4.1.2).
-    Example: [1, 1, -1, -1]. One wrong answer of 64 gets -7.9. TRL: the sample's std + 1e-4."""
+    """(r - mean) / (std + 1e-8), std of the population (GRPO: Shao et al. 2024). Example:
+    [1, 1, -1, -1]. One wrong answer of 64 gets -7.9. TRL: the sample's std + 1e-4."""
     return centred(rewards) / (rewards.std(1, correction=0, keepdim=True) + 1e-8)
 
 
 def leave_one_out(rewards):
-    """r - mean of the others, = G / (G - 1) * centred (RLOO: Ahmadian et al. 2024, section 2.3).
-    Example: [2, 2, -2, -2] / 3."""
+    """r - mean of the others (RLOO: Ahmadian et al. 2024). Example: [2, 2, -2, -2] / 3."""
     return centred(rewards) * (rewards.shape[1] / (rewards.shape[1] - 1))
 
 
@@ -106,8 +105,7 @@ def sequence_clipped(t):
 
 
 def clipped_weight(t):
-    """-sg(min(r, 1 + high)) A log pi (CISPO: MiniMax 2025, eq. 4): every token keeps its gradient,
-    its weight is cut."""
+    """-sg(min(r, 1 + high)) A log pi (CISPO: MiniMax 2025, eq. 4): no token loses its gradient."""
     return -ratio_of(t.logp - t.logp_old).detach().clamp(max=1 + t.clip[1]) * t.A * t.logp
 
 
@@ -135,8 +133,7 @@ def per_answer(kept, room):
 
 
 def constant(kept, room):
-    """Each token counts 1 / room, the longest possible answer, and the sum is divided by the
-    answers of which something is kept: no such bias (Dr.GRPO)."""
+    """Each token counts 1 / room, the longest possible answer: no such bias (Dr.GRPO)."""
     return torch.full((len(kept), 1), 1 / room, device=kept.device), kept.any(1).float()
 
 
@@ -146,8 +143,7 @@ def per_token(kept, room):
 
 
 # --------------------------------------------------------------------------------------------------
-# Corrections: weights rho of pi / mu, without a gradient. A level says of what, a rule what becomes
-# of it.
+# Corrections: weights rho of pi / mu, without a gradient. A level: of what. A rule: what is done
 
 
 def token(log_ratio, mask):
@@ -182,9 +178,9 @@ def only_reject(rho, low, high):
     return kept.float(), kept
 
 
-# name: (level, rule, low, high). Sources: token-tis Yao et al. 2025 and arXiv 2510.26788; token-mis
-# IcePop (arXiv 2510.18855); seq-* arXiv 2510.26788, C = 3 in its sanity test (its scripts' "PG seq
-# MIS" truncates; here the name says what is done); geometric: verl's rollout correction.
+# name: (level, rule, low, high). token-tis: Yao et al. 2025; token-mis: IcePop (arXiv 2510.18855);
+# seq-*: arXiv 2510.26788, C = 3 in its sanity test (its scripts' "PG seq MIS" truncates; here the
+# name says what is done); geometric: verl's rollout correction.
 CORRECTIONS = {
     "token-is": (token, truncate, 0.0, math.inf),
     "token-tis": (token, truncate, 0.0, 2.0),
@@ -202,7 +198,7 @@ def parse_correction(text):
     ends."""
     name, *ends = text.split(":")
     level, rule, low, high = CORRECTIONS[name]
-    return level, rule, *map(float, ends if len(ends) == 2 else (low, *(ends or [high])))
+    return level, rule, *map(float, ends if len(ends) > 1 else (low, *(ends or [high])))
 
 
 def correct(correction, log_ratio, mask):
@@ -226,27 +222,19 @@ class Algorithm:
 
 
 ALGORITHMS = {
-    "dr-grpo": Algorithm("A = r - group mean, PPO's clipped ratio, constant denominator",
-                         centred, clipped, constant, True),
+    "dr-grpo": Algorithm("A = r - group mean, clipped ratio", centred, clipped, constant, True),
     "grpo": Algorithm("A / std, clipped ratio, mean over each answer",
                       standardised, clipped, per_answer, True),
-    "reinforce": Algorithm("A = r - batch mean, no ratio",
-                           batch_baseline, policy_gradient, constant, False),
+    "reinforce": Algorithm("r - batch mean", batch_baseline, policy_gradient, constant, False),
     "pg": Algorithm("A = r - group mean, no ratio", centred, policy_gradient, constant, False),
     "rloo": Algorithm("A = r - others' mean", leave_one_out, policy_gradient, constant, False),
-    "gspo": Algorithm("A / std, one clipped ratio per answer",
-                      standardised, sequence_clipped, per_answer, True, dict(clip=(3e-4, 4e-4))),
-    "dapo": Algorithm("grpo with clip-higher, mean over tokens, dynamic sampling; add --overlong",
-                      standardised, clipped, per_token, True,
-                      dict(clip=(0.2, 0.28), dynamic_sampling=3)),
-    "cispo": Algorithm("A / std, ratio as a cut weight, mean over tokens",
-                       standardised, clipped_weight, per_token, True, dict(clip=(0.2, 4.0))),
+    "gspo": Algorithm("A / std, one clipped ratio per answer", standardised, sequence_clipped,
+                      per_answer, True, dict(clip=(3e-4, 4e-4))),
+    "dapo": Algorithm("grpo with clip-higher, mean over tokens, dynamic sampling", standardised,
+                      clipped, per_token, True, dict(clip=(0.2, 0.28), dynamic_sampling=3)),
+    "cispo": Algorithm("A / std, ratio as a cut weight, mean over tokens", standardised,
+                       clipped_weight, per_token, True, dict(clip=(0.2, 4.0))),
 }
-# The paper's names. Its scripts take Dr.GRPO's advantage and denominator for all of these.
-PAPER = {f"pg-{c}": dict(algo="pg", correction=c)
-         for c in ("seq-is", "seq-tis", "seq-mis", "token-tis")}
-PAPER |= {f"grpo-{c.split(':')[0]}": dict(algo="dr-grpo", old_policy="recomputed", correction=c)
-          for c in ("token-tis", "seq-mis:10")}
 
 
 def decoupled(cfg):
@@ -255,8 +243,8 @@ def decoupled(cfg):
 
 
 def policy_loss(cfg, t):
-    """The loss of some answers, summed and not yet divided: a scalar, and sums over tokens for the
-    metrics. The weight is of pi_old / mu where the ratio is pi / pi_old, else of pi / mu."""
+    """-> the loss of some answers, summed and not yet divided, and sums of tokens for the metrics.
+    The weight is of pi_old / mu where the ratio is pi / pi_old, else of pi / mu."""
     algorithm, (low, high) = ALGORITHMS[cfg.algo], t.clip
     acted = t.logp_old if decoupled(cfg) else t.logp.detach()
     weight, kept = correct(cfg.correction, acted - t.logp_rollout, t.mask)

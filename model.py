@@ -1,14 +1,12 @@
 """model.py: a modern decoder-only transformer, small enough to read at one sitting.
 
 Pre-norm blocks of RMSNorm, rotary positions, grouped-query attention and SwiGLU, with optional QKV
-bias, QK-norm, tied head and routed experts: the shape of Qwen2.5, Qwen3, Qwen3-MoE and Llama 3,
-whose checkpoints hf/ reads and writes. The one `forward(tokens, cache=None)` serves rollout and
-training. Every arithmetic operator is a method of `self.num` (precision.Numerics), so no number is
-rounded in this file.
+bias, QK-norm, tied head and experts: the shape of Qwen2.5, Qwen3, Qwen3-MoE and Llama 3. The one
+`forward(tokens, cache=None)` serves rollout and training. Every operator is a method of `self.num`
+(precision.Numerics), so no number is rounded in this file.
 
 Names: B rows, T tokens, C width, H query heads, KV key/value heads, D head width, F MLP width, V
-vocabulary, E experts, K of them per token. Left out: dropout (RL never sees an answer twice),
-attention variants, initialisation schemes to choose from.
+vocabulary, E experts, K of them per token. Left out: dropout, since RL sees no answer twice.
 """
 import copy
 import math
@@ -46,8 +44,7 @@ class GPTConfig:
     def __post_init__(self):
         for name in ("rope_llama3", "dense_layers"):               # JSON and checkpoints give lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.head_dim == 0:
-            object.__setattr__(self, "head_dim", self.width // self.n_heads)
+        object.__setattr__(self, "head_dim", self.head_dim or self.width // self.n_heads)
         if self.n_heads % self.n_kv_heads:
             raise InputError(f"n_heads {self.n_heads} is no multiple of {self.n_kv_heads}")
         if self.head_dim % 2:
@@ -55,17 +52,11 @@ class GPTConfig:
         if self.n_experts and not 1 <= self.experts_per_token <= self.n_experts:
             raise InputError(f"{self.experts_per_token} of {self.n_experts} experts cannot be")
 
-    def is_moe(self, layer):
-        return self.n_experts > 0 and layer not in self.dense_layers
-
 
 class KVCache:
-    """Preallocated keys and values, (B, KV, capacity, D) a layer, in the compute dtype: rounded as
-    training rounds them.
-
-    Slot t of a row holds the key of the token at position t, so a cached step sees keys in the same
-    places as a full one. `length` is an int while all rows are equally long, else a (B,) int64
-    tensor; `longest` is an int in both cases."""
+    """Preallocated keys and values, (B, KV, capacity, D) a layer, rounded as training rounds them.
+    Slot t of a row holds the key of the token at position t. `length` is an int while all rows are
+    equally long, else a (B,) int64 tensor; `longest` is an int in both cases."""
 
     def __init__(self, cfg, rows, capacity, num):
         shape = (cfg.n_layers, rows, cfg.n_kv_heads, capacity, cfg.head_dim)
@@ -86,14 +77,13 @@ class KVCache:
         return new
 
     def part(self, rows, length, longest):
-        """The first `rows` rows, in the same memory, with (rows,) lengths of their own."""
+        """The first `rows` rows in the same memory, with (rows,) lengths of their own."""
         new = copy.copy(self)
         new.k, new.v, new.length, new.longest = self.k[:, :rows], self.v[:, :rows], length, longest
         return new
 
     def append(self, layer, k, v):
-        """Write k, v (B, KV, T, D) behind what is there; returns all keys and values up to the
-        longest row's end."""
+        """Write k, v (B, KV, T, D) after what is there -> all up to the longest row's end."""
         T = k.shape[2]
         if isinstance(self.length, int):
             end = self.length + T
@@ -109,9 +99,9 @@ class KVCache:
 
 
 def rope_frequencies(cfg):
-    """Angle per position of each pair of features, (D/2) FP64 (Su et al. 2021), stretched as Llama
-    3.1 does: pairs that turn fewer than `low` times within the old context turn `factor` times
-    slower, those above `high` times as ever, between them a blend."""
+    """Angle per position of each pair of features, (D/2) FP64 (Su et al. 2021). Llama 3.1: pairs
+    that turn fewer than `low` times within the old context turn `factor` times slower, those above
+    `high` times as ever, between them a blend."""
     f = cfg.rope_theta ** -(torch.arange(0, cfg.head_dim, 2, dtype=torch.float64) / cfg.head_dim)
     if not cfg.rope_llama3:
         return f
@@ -122,13 +112,9 @@ def rope_frequencies(cfg):
 
 
 class Adapter(nn.Module):
-    """LoRA (Hu et al. 2021, eq. 3) for one product: W x + alpha / rank * B A x, W frozen, alpha = 2
-    rank. The rows of a fused product (queries, keys, values) have an A and a B each, as checkpoints
-    that keep them apart would.
-
-    The adapter stays apart, in rollout as in training. Merged into W, it would be rounded away to
-    W's spacing: an update of 1e-4 to a weight of 1 is below half of FP16's, and the policy that
-    acts would not be the one that learns."""
+    """LoRA (Hu et al. 2021, eq. 3) for one product: W x + alpha / rank * B A x, W frozen. The parts
+    of a fused product (queries, keys, values) have an A and a B each. Kept apart from W in rollout
+    as in training: merged, an update of 1e-4 to a weight of 1 would be rounded away."""
     scale = 2.0                                                 # alpha / rank
 
     def __init__(self, parts, inputs, rank, generator):
@@ -147,9 +133,8 @@ class Adapter(nn.Module):
 
 
 class Experts(nn.Module):
-    """A mixture of experts in an MLP's place (Shazeer et al. 2017; as in Qwen3-MoE): each token
-    goes to the K experts whose router probabilities are largest, and gets their SwiGLU MLPs'
-    outputs, weighted by these probabilities."""
+    """Experts in an MLP's place (Shazeer et al. 2017; as in Qwen3-MoE): a token goes to the K whose
+    router probabilities are largest, and gets their outputs, weighted by these probabilities."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -173,16 +158,15 @@ class Experts(nn.Module):
             weight = weight / weight.sum(-1, keepdim=True)
         place = torch.argsort(chosen.flatten(), stable=True)    # which of the N K places go to whom
         counts = torch.bincount(chosen.flatten(), minlength=len(self.down)).tolist()
+        groups = zip(place.split(counts), self.gate_up, self.down)
         out = [num.linear(num.swiglu(num.linear(x[at // K], gate_up)), down)
-               for at, gate_up, down in zip(place.split(counts), self.gate_up, self.down)
-               if len(at)]
+               for at, gate_up, down in groups if len(at)]
         out = torch.cat(out)[torch.argsort(place)]              # back in the order of the tokens
         return num.mix(out.view(-1, K, C), weight).view(B, T, C), own.view(B, T, K).to(torch.int16)
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). Parameters only: the operators are
-    Numerics'."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). The operators are those of Numerics."""
 
     def __init__(self, cfg, layer=0):
         super().__init__()
@@ -195,7 +179,7 @@ class Block(nn.Module):
         self.k_norm = nn.Parameter(torch.ones(D)) if cfg.qk_norm else None
         self.proj = nn.Parameter(torch.empty(C, H * D))
         self.norm2 = nn.Parameter(torch.ones(C))
-        self.experts = Experts(cfg) if cfg.is_moe(layer) else None
+        self.experts = Experts(cfg) if cfg.n_experts and layer not in cfg.dense_layers else None
         if not self.experts:
             self.gate_up = nn.Parameter(torch.empty(2 * cfg.mlp_width, C))    # gate, then value
             self.down = nn.Parameter(torch.empty(C, cfg.mlp_width))
@@ -254,9 +238,8 @@ class GPT(nn.Module):
             self.embedding = nn.Parameter(torch.empty(cfg.vocab_size, cfg.width))
             self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.n_layers))
             self.norm = nn.Parameter(torch.ones(cfg.width))
-            self.head = self.embedding
-            if not cfg.tied_head:
-                self.head = nn.Parameter(torch.empty(cfg.vocab_size, cfg.width))
+            own = None if cfg.tied_head else nn.Parameter(torch.empty(cfg.vocab_size, cfg.width))
+            self.head = self.embedding if own is None else own
         self.recompute, self.lora = False, None     # activations made again; what `adapt` was given
         if seed is not None:
             self._draw(seed)
@@ -273,13 +256,11 @@ class GPT(nn.Module):
         cfg, g = self.cfg, torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if p.dim() >= 2:
-                # 0.06 at width 128: with GPT-2's 0.02 a small model needs twice the steps to find
-                # the columns of a sum. The residual stream sums 2 n_layers branches: scale what
-                # feeds it (Radford et al. 2019).
+                # 0.06 at width 128: with GPT-2's 0.02 a small model needs twice the steps. The
+                # stream sums 2 n_layers branches: scale what feeds it (Radford et al. 2019).
                 std = 0.02 if name == "head" else 0.7 * cfg.width ** -0.5
-                feeds = any(part in ("proj", "down") for part in name.split("."))
-                std = std / (2 * cfg.n_layers) ** 0.5 if feeds else std
-                nn.init.normal_(p, std=std, generator=g)
+                feeds = {"proj", "down"} & {*name.split(".")}
+                nn.init.normal_(p, 0, std / (2 * cfg.n_layers) ** (0.5 * bool(feeds)), g)
 
     def use(self, num):
         """Compute in this number format from now on. `num` must hold this model's parameters."""
@@ -287,8 +268,7 @@ class GPT(nn.Module):
         return self
 
     def adapt(self, rank, seed=0):
-        """Freeze every weight and add LoRA adapters of this rank to every projection but the
-        experts', FP32 masters. Call before Numerics.hold."""
+        """Freeze every weight, add LoRA adapters to all projections but the experts'. Then hold."""
         device, g = self.embedding.device, torch.Generator().manual_seed(seed)
         self.requires_grad_(False)
         for block in self.blocks:
@@ -313,9 +293,8 @@ class GPT(nn.Module):
 
     def forward(self, tokens, cache=None, replay=None):
         """tokens (B, T) int64 -> hidden states (B, T, C) after the last norm. Without a cache rows
-        start at position 0 and attention is causal; right padding is harmless, since nothing looks
-        to its right. With one the tokens continue each row after cache.length. replay: see
-        token_logprobs."""
+        start at position 0 and attention is causal: right padding is harmless. With one the tokens
+        continue each row after cache.length. replay: see token_logprobs."""
         num, T = self.num, tokens.shape[1]
         start = 0 if cache is None else cache.length
         if isinstance(start, int):

@@ -34,7 +34,8 @@ class InputError(ValueError):
 
 def nearest(name, known):
     """`, did you mean X?` for the known name that is closest to `name`, or nothing."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = [k for k in known if sorted(k) == sorted(name)]         # letters in another order
+    close += difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f", did you mean {close[0]}?" if close else ""
 
 
@@ -85,12 +86,11 @@ def parse_format(text):
 
 
 def emulate(x, fmt):
-    """FP32 x -> the nearest number of any `fmt`, ties to even, as a new FP32 tensor.
-
-    A float's bit pattern is an integer that grows with the number, so rounding is integer addition:
-    add just under half of the last kept bit (exactly half if that bit is odd) and cut. A carry runs
-    into the exponent, which is right. Subnormals have a fixed spacing: adding and then subtracting
-    2^23 spacings lets the FP32 adder round them."""
+    """FP32 x -> the nearest number of any `fmt`, ties to even, as a new FP32 tensor. A float's bit
+    pattern is an integer that grows with the number, so rounding is integer addition: add just less
+    than half of the last kept bit (exactly half if that bit is odd) and cut. A carry runs into the
+    exponent, which is right. Subnormals have a fixed spacing: adding and then subtracting 2^23
+    spacings lets the FP32 adder round them."""
     cut = 23 - fmt.man
     y = x.clone()
     if cut:
@@ -392,40 +392,9 @@ class _TokenLogprobs(torch.autograd.Function):
         return dh, dw, None, None, None, None, None
 
 
-# --------------------------------------------------------------------------------------------------
-# Loss scale, mismatch
-
-
 def make_scaler(num, init_scale=2.0 ** 16):
     """The loss scaler: on for formats with few exponent bits, else a no-op. Growth interval 400 as
     in the paper. Per update: scale(loss).backward() for each micro-batch, unscale_ once, clip, step
     (skipped if a gradient is inf or nan), update (halves after a skip)."""
     return torch.amp.GradScaler(num.device.type, init_scale=init_scale, growth_interval=400,
                                 enabled=num.fmt.needs_loss_scaling)
-
-
-def mismatch(logp_rollout, logp_train, lengths):
-    """How far the policy that acted (mu) is from the policy that learns (pi), before any update.
-
-    logp_rollout, logp_train: FP32 (N,), the tokens of one answer after another; lengths: (R,)
-    tokens per answer. With d = log mu(y_t) - log pi(y_t):
-      logp_gap_mean, _p99, _max   of |d|, nats
-      prob_gap_mean   mean |mu - pi| (verl's rollout_probs_diff)
-      kl_k1           mean d, unbiased KL[mu || pi] per token
-      kl_k3           mean (e^-d - 1 + d), never negative
-      seq_kl          mean over answers of sum_t d, the paper's figure
-      ratio_outliers  share of pi/mu outside [0.9, 1.1]
-      exact_share     share of tokens with d == 0, bit for bit
-    Source: arXiv 2510.26788 section 3; Schulman, "Approximating KL divergence" (2020)."""
-    d = (logp_rollout - logp_train).double()
-    gap, ratio = d.abs(), torch.exp(-d)
-    answer = torch.arange(len(lengths), device=d.device).repeat_interleave(lengths.to(d.device))
-    seq = d.new_zeros(len(lengths)).index_add_(0, answer, d)
-    prob = (logp_rollout.double().exp() - logp_train.double().exp()).abs()
-    found = dict(
-        logp_gap_mean=gap.mean(), logp_gap_max=gap.max(), prob_gap_mean=prob.mean(),
-        logp_gap_p99=gap.sort().values[min(len(d) - 1, int(0.99 * len(d)))],
-        kl_k1=d.mean(), kl_k3=(torch.expm1(-d) + d).mean(), seq_kl=seq.mean(),
-        ratio_outliers=((ratio < 0.9) | (ratio > 1.1)).double().mean(),
-        exact_share=(d == 0).double().mean())
-    return {k: float(v) for k, v in found.items()}

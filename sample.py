@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data import SCRATCH, draw_problems, make_task, stream, uniforms
+from data import draw_problems, stream, uniforms
 from data.env import Env
+from data.tasks import SCRATCH, make_task
 from data.tokenizer import PAD, STOP, Bytes
 from hf import weights
 from model import KVCache

@@ -33,9 +33,9 @@ import torch
 
 from algorithms import (ALGORITHMS, Tokens, correct, decoupled, overlong, parse_correction,
                         policy_loss, truncate)
-from data import REAL, SCRATCH
+from data.tasks import REAL, SCRATCH
 from operators.device import reproducible
-from precision import InputError, make_scaler, parse_format
+from precision import InputError, make_scaler
 from run import base, checks, flags, memory, problems, start
 from run.console import run_main
 from run.flags import setting
@@ -44,8 +44,8 @@ from run.lines import Notes, say, step_line
 from run.meter import Meter
 from sample import Rollout, Sampler
 
-# What nobody changes. Adam's eps is small, since RL gradients are small: 1e-8 would damp them.
-ADAM = dict(betas=(0.9, 0.95), eps=1e-15, weight_decay=0.0)
+# RL gradients are small: an eps of 1e-8 would damp them
+ADAM = dict(betas=(0.9, 0.95), eps=1e-15, weight_decay=0.0)   
 GRAD_CLIP = 1.0                         # largest norm of the whole gradient
 WARMUP = 6                            # updates of linear rise: Adam's first move every weight by lr
 
@@ -56,13 +56,6 @@ run_, task_, real_, base_, rl_, num_, size_ = (partial(setting, group) for group
     "the run", "the task", "a real model", "a model from scratch", "RL", "precision", "sizes"))
 later, free, common = dict(later=True), dict(free=True), dict(common=True)
 both = later | free
-SCRATCHED = "without --model", lambda c: not c.model
-READING = "with --model", lambda c: bool(c.model)
-DRAWN = f"for the tasks {', '.join(SCRATCH)}", lambda c: c.task in SCRATCH
-IMITATED = f"{DRAWN[0]} without --model", lambda c: c.task in SCRATCH and not c.model
-RATIO = "for algorithms whose loss has a ratio", lambda c: ALGORITHMS[c.algo].has_ratio
-EXPERTS = "for models with experts", lambda c: bool(c.n_experts or c.model)
-SCALED = "in fewer than 8 exponent bits", lambda c: parse_format(c.precision).exp < 8
 
 
 @dataclass
@@ -77,9 +70,9 @@ class Config:
 
     task: str = task_("addition", f"what to learn: {', '.join(SCRATCH)}, yours.py; with --model "
                       f"also {', '.join(REAL)}", **common)
-    digits: int = task_(3, "length of the numbers, and of the working", 1, 200, gpu=20, when=DRAWN)
+    digits: int = task_(3, "length of numbers and working", 1, 200, gpu=20, when=flags.DRAWN)
     noise: float = task_(0.15, "how often the base's demonstrator gets a column wrong", 0.0, 0.9,
-                         gpu=0.025, when=IMITATED)
+                         gpu=0.025, when=flags.IMITATED)
     data: str = task_("", "JSON Lines file of problems", **common)
     heldout: str = task_("256", "problems, not in the pool, for pass@1 before and after (0: none); "
                          "or a file of such")
@@ -89,23 +82,23 @@ class Config:
 
     model: str = real_("", "folder of a Hugging Face checkpoint (Qwen2, Qwen3, Llama)", **common)
     prompt_form: str = real_("auto", "how a problem is put to it; auto: as its chat template would",
-                             choices=("auto", "plain", "chatml", "llama3", "r1"), when=READING)
+                             choices="auto plain chatml llama3 r1".split(), when=flags.READING)
     max_answer: int = real_(0, "longest answer, tokens (0: the task's own, else 512)", 0, 10 ** 6,
-                            when=READING)
+                            when=flags.READING)
     lora_rank: int = real_(0, "train adapters of this rank, freeze the rest; 0: train all", 0, 4096)
     recompute: bool = real_(False, "keep a block's input only, compute it again on the way back: "
                             "less memory, a third more work", model=True, **both)
     replay_routing: bool = real_(False, "training sends a token to the experts of its rollout",
-                                 when=EXPERTS, **later)
+                                 when=flags.EXPERTS, **later)
 
-    n_layers: int = base_(4, "transformer blocks", 1, 200, gpu=8, when=SCRATCHED)
+    n_layers: int = base_(4, "transformer blocks", 1, 200, gpu=8, when=flags.SCRATCHED)
     width: int = base_(128, "width of the residual stream; heads and MLP follow", 8, 16384, gpu=512,
-                       when=SCRATCHED)
+                       when=flags.SCRATCHED)
     n_experts: int = base_(0, "experts in the MLP's place, of which a token goes to 2", 0, 1024,
-                           when=SCRATCHED)
-    base_steps: int = base_(400, "imitation steps", 1, 10 ** 6, gpu=2000, when=SCRATCHED)
-    base_batch: int = base_(32, "demonstrations a step", 1, 10 ** 5, gpu=256, when=SCRATCHED)
-    base_lr: float = base_(2e-3, "its peak learning rate", 0.0, 1.0, gpu=1e-3, when=SCRATCHED)
+                           when=flags.SCRATCHED)
+    base_steps: int = base_(400, "imitation steps", 1, 10 ** 6, gpu=2000, when=flags.SCRATCHED)
+    base_batch: int = base_(32, "demonstrations a step", 1, 10 ** 5, gpu=256, when=flags.SCRATCHED)
+    base_lr: float = base_(2e-3, "its peak learning rate", 0.0, 1.0, gpu=1e-3, when=flags.SCRATCHED)
 
     steps: int = rl_(80, "RL steps", 1, 10 ** 7, model=200, **later, **common)
     prompts: int = rl_(64, "P, problems a step", 1, 10 ** 5, **common)
@@ -114,7 +107,7 @@ class Config:
     old_policy: str = rl_(
         "rollout", "what the ratio compares pi with: rollout, the recorded mu; recomputed, pi "
         "before the batch's first update, which hides the mismatch unless a correction is added",
-        choices=("rollout", "recomputed"), when=RATIO, **both)
+        choices=("rollout", "recomputed"), when=flags.RATIO, **both)
     correction: str = rl_(
         "none", "weight pi/mu for what mu sampled, of a token or an answer: token-is, token-tis, "
         "token-mis, seq-is, seq-tis, seq-mis, geometric; -is as it is, -tis truncated, -mis "
@@ -131,14 +124,14 @@ class Config:
     lr_schedule: str = rl_("linear", "linear falls to 0 at the last step, constant stays",
                            choices=("linear", "constant"), model="constant", **later)
     clip: tuple = rl_((0.2, 0.2), "the ratio counts from 1 - LOW to 1 + HIGH", 0.0, 100.0,
-                      when=RATIO, **both)
+                      when=flags.RATIO, **both)
     temperature: float = rl_(1.0, "divides the logits, in sampling and in training", 0.01, 100.0)
 
     precision: str = num_("fp16", "number format: fp32, tf32, bf16, fp16 or eXmY", **both, **common)
     rollout_precision: str = num_("", "... of the rollout, if it is another", **both)
     exact: bool = num_(False, "rollout and training give a token the same log-prob, bit for bit",
                        **both, **common)
-    init_scale: float = num_(2.0 ** 16, "first loss scale", 1.0, 2.0 ** 40, when=SCALED, **free)
+    init_scale: float = num_(2.0 ** 16, "first loss scale", 1, 2.0 ** 40, when=flags.SCALED, **free)
 
     micro_batch: int = size_(128, "answers per forward and backward pass", 1, 10 ** 5, gpu=512,
                              model=16, **both)
@@ -272,12 +265,12 @@ def learn(model, batch, cfg, scaler, room, meter=None, rows=None):
     """Forward and backward over the answers `rows` (default: all), in micro-batches. room: tokens
     of the longest answer possible. Returns the loss.
 
-    Answers without advantage have no gradient, but that of a KL penalty: they go forward only, so
-    that the mismatch is measured on all tokens."""
+    Where answers without advantage have no gradient (no KL penalty, no entropy bonus) they go
+    forward only, so that the mismatch is measured on all tokens."""
     device = batch.rollout.tokens.device
     rows = torch.arange(len(batch.advantage), device=device) if rows is None else rows
     divisor, loss = denominator(model, batch, rows, cfg, room), 0.0
-    has_signal = (batch.advantage[rows] != 0) | (cfg.kl_beta > 0)
+    has_signal = (batch.advantage[rows] != 0) | (not checks.idle(cfg))
     for learns, some in ((True, rows[has_signal]), (False, rows[~has_signal])):
         for part, end in batch.micro_batches(some, cfg.micro_batch):
             with torch.set_grad_enabled(learns):
@@ -344,7 +337,10 @@ def train(cfg, given, run, saved=None):
     save = partial(run.save, cfg=cfg, model=model, optimizer=optimizer, scaler=scaler,
                    reference=reference, prompt_length=env.prompt_length, base=base.identity(cfg))
     if cfg.exact:
-        check_exactness(cfg, env, sampler, model, learning, state.problems)
+        asked = problems.problems_of_step(state.problems, 0, cfg)
+        batch = Batch(collect(sampler, env, asked, cfg, (cfg.seed, 12))[0])
+        checks.self_test(model.use(learning), batch, partial(learn, model, batch, cfg,
+                                                             scaler, env.answer_length))
     if saved:
         state = run.resume(saved, cfg, given, optimizer, scaler, device)
     else:
@@ -416,20 +412,6 @@ def learn_all(cfg, model, rollout, scaler, room):
     cfg = dataclasses.replace(cfg, micro_batch=len(rollout.length), replay_routing=False,
                               correction="none", kl_beta=0.0)
     learn(model, batch, cfg, scaler, room)
-
-
-def check_exactness(cfg, env, sampler, model, learning, pool):
-    """A step of this job's own sizes, with a gradient and without one: the same bits on both sides,
-    or the run stops. Leaves everything as it was."""
-    asked = problems.problems_of_step(pool, 0, cfg)
-    batch = Batch(collect(sampler, env, asked, cfg, (cfg.seed, 12))[0])
-    batch.advantage = (torch.arange(len(batch.rollout.length), device=learning.device) % 2).float()
-    meter = Meter(batch)
-    learn(model.use(learning), batch, cfg, make_scaler(learning), env.answer_length, meter)
-    model.zero_grad(set_to_none=True)
-    tokens = checks.self_test(model, batch.rollout, meter.logp)
-    say(f"self-test of exact mode: {tokens} tokens of a step of this job, the same bits in rollout "
-        "and training")
 
 
 def parse_config(argv=None):

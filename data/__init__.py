@@ -16,7 +16,6 @@ A model that can read (--model) is asked problems of a data set:
 
 `class Task` has what a task leaves out. Ours are data/addition.py, the smallest data/reverse.py.
 """
-import importlib
 import json
 import os
 import pathlib
@@ -26,10 +25,6 @@ from dataclasses import dataclass
 import numpy as np
 
 FETCHED = pathlib.Path(__file__).resolve().parent / "fetched"  # where data/prepare.py puts data sets
-
-SCRATCH = {"addition": "data.addition.Addition", "reverse": "data.reverse.Reverse",
-           "countdown": "data.countdown.Countdown"}
-REAL = {"gsm8k": "data.gsm8k.GSM8K", "math": "data.math_answers.Math"}
 
 
 @dataclass(frozen=True)
@@ -70,24 +65,6 @@ def input_error(message):
     """A precision.InputError. Imported late: a process that only grades does well without torch."""
     from precision import InputError
     return InputError(message)
-
-
-def make_task(name, digits=0, noise=0.0):
-    """A task by its name, or by its file. digits and noise are for those that draw their
-    problems."""
-    if name.endswith(".py"):
-        from data.own import load_own
-        return load_own(name)
-    known = {**SCRATCH, **REAL}
-    if name not in known:
-        from precision import nearest
-        raise input_error(f"no task {name[:80]!r}{nearest(name, known)} There are {', '.join(known)}, "
-                          "and a file of your own such as data/example_task.py")
-    module, _, kind = known[name].rpartition(".")
-    make = getattr(importlib.import_module(module), kind)
-    task = make(digits, noise) if name in SCRATCH else make()
-    task.name = name
-    return task
 
 
 def seed_of(key):

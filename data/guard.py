@@ -20,7 +20,8 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-from data import Problem, input_error, make_task
+from data import Problem, input_error
+from data.tasks import make_task
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 START = 120                                 # seconds that a child may take to begin: on a busy machine sympy takes ten to import

@@ -21,7 +21,7 @@ import sys
 import numpy as np
 import torch
 
-from algorithms import ALGORITHMS, PAPER, leave_one_out
+from algorithms import ALGORITHMS, leave_one_out
 from data import draw_problems, stream
 from experiments.lab import GPU, LAB, QUICK, Lab
 from operators import numerics
@@ -29,6 +29,7 @@ from operators.device import pick_device
 from precision import make_scaler
 from run.base import get_base, load_task
 from run.console import run_main
+from run.flags import PAPER
 from sample import Sampler
 from train_rl import Batch, collect, learn, parse_config
 

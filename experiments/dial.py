@@ -16,8 +16,8 @@ import numpy as np
 from experiments.lab import GPU, LAB, QUICK, Job, Lab, formats, last, paired, summary
 from experiments.mismatch import random, spread_e, trained
 from operators import numerics
-from precision import mismatch
 from run.console import run_main
+from run.meter import mismatch
 from sample import Sampler
 from train_rl import Batch, score
 

@@ -14,9 +14,9 @@ from data.tokenizer import encode
 from model import GPT, KVCache
 from operators import numerics
 from operators.device import pick_device
-from precision import mismatch
 from run.base import find_base, gpt_config, load_task
 from run.checks import compare
+from run.meter import mismatch
 from sample import Sampler
 from train_rl import Config
 

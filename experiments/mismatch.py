@@ -14,15 +14,16 @@ import sys
 import numpy as np
 import torch
 
-from data import draw_problems, make_task, stream
+from data import draw_problems, stream
+from data.tasks import make_task
 from data.tokenizer import encode
 from experiments.lab import GPU, Lab, spread
 from model import GPT, GPTConfig
 from operators import numerics
 from operators.device import pick_device
-from precision import mismatch
 from run.base import get_base
 from run.console import run_main
+from run.meter import mismatch
 from sample import Sampler
 from train_rl import Batch, parse_config, score
 

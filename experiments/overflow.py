@@ -15,7 +15,8 @@ import sys
 
 import torch
 
-from data import draw_problems, make_task, stream
+from data import draw_problems, stream
+from data.tasks import make_task
 from data.tokenizer import encode
 from experiments.lab import GPU, LAB, QUICK, Job, Lab, band, summary
 from operators import numerics

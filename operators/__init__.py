@@ -15,7 +15,6 @@ import torch
 from operators.exact import ExactNumerics
 from precision import Numerics
 
-
 # what is made once and kept: compiled code, base models, perfectible sets
 CACHE = pathlib.Path(os.environ.get("TENBIT_CACHE")
                      or pathlib.Path(__file__).resolve().parent.parent / ".cache")

@@ -14,8 +14,9 @@ import time
 import numpy as np
 import torch
 
-from data import make_task, stream
+from data import stream
 from data.env import Env
+from data.tasks import make_task
 from data.tokenizer import PAD, STOP, TOKENIZER, Bytes, encode
 from hf import tokenizer as hf_tokenizer
 from hf import weights
@@ -51,7 +52,7 @@ def gpt_config(cfg, env):
     context = env.prompt_length + env.answer_length
     if cfg.model:
         return weights.read_config(cfg.model, context)
-    heads = max(4, cfg.width // HEAD_WIDTH)
+    heads = max(4, cfg.width // HEAD_WIDTH // 2 * 2)
     if cfg.width % heads or cfg.width // heads % 2:
         raise InputError(f"--width {cfg.width} must be an even multiple of its {heads} heads")
     experts = dict(n_experts=cfg.n_experts, experts_per_token=EXPERTS_PER_TOKEN, qk_norm=True,

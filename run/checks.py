@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from algorithms import Tokens, policy_loss
 from model import KVCache
 from precision import InputError
+from run.lines import say
+from run.meter import Meter
 
 # An operator's name, in words; the products of a block in the order of model.Block
 NAMES = dict(embed="embedding", rms_norm="norm", rope="rope", attention="attention", add="residual sum",
@@ -114,13 +117,19 @@ def not_exact(model, rollout, differ, advice):
         f"or this machine. First difference: {where}. {advice}")
 
 
-def self_test(model, rollout, logp_train):
-    """Exact mode claims nothing unchecked. rollout: a step of this job's own sizes; logp_train (R,
-    T): its tokens as training computes them. Returns the number of tokens compared."""
-    differ = (logp_train != rollout.logp) & rollout.is_answer & torch.isfinite(rollout.logp)
-    if differ.any():                                      # what is not finite stops the loop itself
+def self_test(model, batch, learn):
+    """Exact mode claims nothing unchecked: a step of this job's own sizes, with a gradient and without
+    one, gives the same bits on both sides, or the run stops. Leaves everything as it was."""
+    rollout = batch.rollout
+    batch.advantage = (torch.arange(len(rollout.length), device=rollout.length.device) % 2).float()
+    meter = Meter(batch)
+    learn(meter=meter)
+    model.zero_grad(set_to_none=True)
+    differ = (meter.logp != rollout.logp) & rollout.is_answer & torch.isfinite(rollout.logp)
+    if differ.any():                                        # what is not finite stops the loop itself
         raise not_exact(model, rollout, differ, "Run without --exact")
-    return int(rollout.is_answer.sum())
+    say(f"self-test of exact mode: {int(rollout.is_answer.sum())} tokens of a step of this job, the same "
+        "bits in rollout and training")
 
 
 def first_bad_layer(model, learn):
@@ -169,6 +178,16 @@ def check_scale(run, model, scaler, norm, once):
     else:
         return
     raise broken(why, first_bad_layer(model, once), run.checkpoint)
+
+
+@torch.enable_grad()
+def idle(cfg):
+    """Whether an answer without advantage has no gradient. The loss itself is asked, on one token."""
+    logp, entropy, zero = (torch.zeros(1, 1, requires_grad=True) for _ in range(3))
+    before, reference = logp.detach() - 1, logp.detach() - 2 if cfg.kl_beta else None
+    t = Tokens(logp > -1, logp - 1, entropy, before, before, zero[0].detach(), reference, cfg.clip)
+    grads = torch.autograd.grad(policy_loss(cfg, t)[0], (logp, entropy), allow_unused=True)
+    return not any(g is not None and g.any() for g in grads)
 
 
 def broken(what, where, checkpoint):

@@ -8,10 +8,26 @@ import dataclasses
 import math
 import textwrap
 
-from algorithms import ALGORITHMS, CORRECTIONS, PAPER, decoupled, parse_correction
+from algorithms import ALGORITHMS, CORRECTIONS, decoupled, parse_correction
+from data.tasks import SCRATCH
 from operators.device import pick_device
 from precision import InputError, nearest, parse_format
 from run.console import Parser, number
+
+# When a flag has an effect: in words, and as a condition on the settings
+SCRATCHED = "without --model", lambda c: not c.model
+READING = "with --model", lambda c: bool(c.model)
+DRAWN = f"for the tasks {', '.join(SCRATCH)}", lambda c: c.task in SCRATCH
+IMITATED = f"{DRAWN[0]} without --model", lambda c: c.task in SCRATCH and not c.model
+RATIO = "for algorithms whose loss has a ratio", lambda c: ALGORITHMS[c.algo].has_ratio
+EXPERTS = "for models with experts", lambda c: bool(c.n_experts or c.model)
+SCALED = "in fewer than 8 exponent bits", lambda c: parse_format(c.precision).exp < 8
+
+# The paper's names. Its scripts take Dr.GRPO's advantage and denominator for all of these.
+PAPER = {f"pg-{c}": dict(algo="pg", correction=c)
+         for c in ("seq-is", "seq-tis", "seq-mis", "token-tis")}
+PAPER |= {f"grpo-{c.split(':')[0]}": dict(algo="dr-grpo", old_policy="recomputed", correction=c)
+          for c in ("token-tis", "seq-mis:10")}
 
 
 def setting(group, default, text, low=None, high=None, choices=None, *, gpu=None, model=None, lora=None,
@@ -119,18 +135,18 @@ def check(cfg, given=()):
 
 def check_correction(cfg):
     """--correction is one of ours, with ends that keep something, and counts nothing twice."""
-    name, *ends = cfg.correction.split(":")
+    name = cfg.correction.split(":")[0]
     if cfg.correction == "none":
         return
     if name not in CORRECTIONS or name == "none":
         raise InputError(f"no correction {cfg.correction[:40]!r}{nearest(name, CORRECTIONS)}: there are "
                          f"{', '.join(CORRECTIONS)}")
     try:
-        *_, low, high = parse_correction(cfg.correction)
-    except ValueError:
+        _, _, low, high = parse_correction(cfg.correction)
+    except ValueError:                                      # no numbers, or too many
         raise InputError(f"--correction {cfg.correction[:60]}: after the name stands a cap, as in "
                          "seq-mis:10, or a low and a high end, as in token-mis:0.5:5") from None
-    if not 0 <= low < high or len(ends) > 2:
+    if not 0 <= low < high:
         raise InputError(f"--correction {cfg.correction[:60]} keeps nothing: from {low:g} to {high:g}")
     if name != "geometric" and ALGORITHMS[cfg.algo].has_ratio and not decoupled(cfg):
         raise InputError(f"--correction {cfg.correction}: the ratio of --algo {cfg.algo} against the "

@@ -27,7 +27,7 @@ def saved_per_token(gpt, element, lanes=0, lora=0, exact=False):
     the compiled block, 0 without it. lora: the adapters' rank."""
     C, F, H, KV, D = gpt.width, gpt.mlp_width, gpt.n_heads, gpt.n_kv_heads, gpt.head_dim
     heads, wide = (H + 2 * KV) * D, element if exact else 4
-    if lanes and D % lanes == 0 and not gpt.qk_norm and not lora and not gpt.n_experts:
+    if lanes and D % (lanes // 2) == 0 and not gpt.qk_norm and not lora and not gpt.n_experts:
         return 4 * (2 * C + heads + H * D + 2 * F + 2 * H + 2)      # the rest is made again
     gained = 4 if element == 4 and not (exact or lora) else 0       # a CPU's norm: before its gain
     n = 2 * C * (wide + gained + element) + 8                       # two norms: in, out, and a scale

@@ -4,8 +4,6 @@ import time
 import numpy as np
 import torch
 
-from precision import mismatch
-
 
 class Meter:
     """Collects one step's figures. Sums stay on the device until the end: a number would wait for
@@ -79,3 +77,30 @@ def routing(model, rollout, part, where):
     load.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=load.dtype))
     balance = (load.amax(1) / load.mean(1).clamp(min=1e-9)).mean()
     return dict(flips=flipped[fed].sum(), fed=fed.sum(), balance=balance * fed.sum())
+
+
+def mismatch(logp_rollout, logp_train, lengths):
+    """How far the policy that acted (mu) is from the policy that learns (pi), before any update.
+
+    logp_rollout, logp_train: FP32 (N,), the tokens of one answer after another; lengths: (R,)
+    tokens per answer. With d = log mu(y_t) - log pi(y_t):
+      logp_gap_mean, _p99, _max   of |d|, nats
+      prob_gap_mean   mean |mu - pi| (verl's rollout_probs_diff)
+      kl_k1           mean d, unbiased KL[mu || pi] per token
+      kl_k3           mean (e^-d - 1 + d), never negative
+      seq_kl          mean over answers of sum_t d, the paper's figure
+      ratio_outliers  share of pi/mu outside [0.9, 1.1]
+      exact_share     share of tokens with d == 0, bit for bit
+    Source: arXiv 2510.26788 section 3; Schulman, "Approximating KL divergence" (2020)."""
+    d = (logp_rollout - logp_train).double()
+    gap, ratio = d.abs(), torch.exp(-d)
+    answer = torch.arange(len(lengths), device=d.device).repeat_interleave(lengths.to(d.device))
+    seq = d.new_zeros(len(lengths)).index_add_(0, answer, d)
+    prob = (logp_rollout.double().exp() - logp_train.double().exp()).abs()
+    found = dict(
+        logp_gap_mean=gap.mean(), logp_gap_max=gap.max(), prob_gap_mean=prob.mean(),
+        logp_gap_p99=gap.sort().values[min(len(d) - 1, int(0.99 * len(d)))],
+        kl_k1=d.mean(), kl_k3=(torch.expm1(-d) + d).mean(), seq_kl=seq.mean(),
+        ratio_outliers=((ratio < 0.9) | (ratio > 1.1)).double().mean(),
+        exact_share=(d == 0).double().mean())
+    return {k: float(v) for k, v in found.items()}

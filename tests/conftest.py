@@ -1,30 +1,32 @@
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")         # pytest runs two processes: threads that spin would slow each other
+# pytest runs two processes: threads that spin would slow each other
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-import fast  # noqa: E402
+import operators  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from precision import pick_device  # noqa: E402
+from operators.device import pick_device  # noqa: E402
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
-COMPILED = fast.library()[0] is not None
+COMPILED = not operators.why_plain("cpu")
 DEVICES = ["cpu", "exact"] + ["compiled"] * COMPILED + ["cuda"] * torch.cuda.is_available()
 _kind = ["cpu"]
 
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    """A cache of base models and compiled operators for all tests that start real commands: the small base is made once."""
+    """A cache of base models and compiled operators for all tests that start real commands: the
+    small base is made once."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(params=DEVICES)
 def device(request):
-    """Every test that takes it runs on the CPU with torch's operators, with the exact ones, with the compiled ones, and on a GPU
-    if there is one."""
+    """Every test that takes it runs on the CPU with the plain operators, with the exact ones, with
+    the compiled ones, and on a GPU if there is one."""
     _kind[0] = request.param
     yield pick_device("cuda" if request.param == "cuda" else "cpu")
     _kind[0] = "cpu"
@@ -32,13 +34,15 @@ def device(request):
 
 def numerics(fmt, device="cpu"):
     """Numerics with the operators that the test is about: what the `device` fixture says."""
-    return fast.numerics(fmt, device, fast=_kind[0] == "compiled", exact=_kind[0] == "exact")
+    return operators.numerics(fmt, device, fast=_kind[0] == "compiled", exact=_kind[0] == "exact")
 
 
 def tiny(device="cpu", fmt="fp32", gain=1.0, seed=0, **kw):
-    """A small GPT with random weights, `gain` times as large as at the start of training: a larger gain makes sharper, more
-    varied distributions, as trained models have."""
-    cfg = GPTConfig(**{**dict(vocab_size=67, n_layers=3, width=48, n_heads=4, n_kv_heads=2, mlp_width=80, context=48), **kw})
+    """A small GPT with random weights, `gain` times as large as at the start of training: a larger
+    gain makes sharper, more varied distributions, as trained models have. Heads of 32 features: the
+    compiled block takes them on every processor."""
+    small = dict(vocab_size=67, n_layers=3, width=48, n_heads=4, n_kv_heads=2, head_dim=32, mlp_width=80, context=48)
+    cfg = GPTConfig(**{**small, **kw})
     model = GPT(cfg, device, seed)
     with torch.no_grad():
         for name, p in model.named_parameters():

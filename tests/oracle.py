@@ -1,4 +1,5 @@
-"""Independent references that the tests compare with: written for clarity in FP64, sharing no code with what they check."""
+"""Independent references that the tests compare with: written for clarity in FP64, sharing no code with what they
+check."""
 import math
 
 import numpy as np
@@ -6,8 +7,8 @@ import torch
 
 
 def round_to_format(x, exp, man):
-    """Round one Python float to a format of `exp` exponent and `man` mantissa bits, by the textbook: scale so that the last
-    kept bit is worth 1, round half to even, scale back."""
+    """Round one Python float to a format of `exp` exponent and `man` mantissa bits, by the textbook: scale so that the
+    last kept bit is worth 1, round half to even, scale back."""
     if math.isnan(x) or math.isinf(x) or x == 0:
         return x
     bias = 2 ** (exp - 1) - 1
@@ -19,7 +20,8 @@ def round_to_format(x, exp, man):
 
 
 def gpt_logits(model, tokens, weight=lambda p: p.detach().double()):
-    """Logits of model.GPT in FP64 from plain formulas: tokens (B, T) -> (B, T, V). `weight` says which weights to use."""
+    """Logits of model.GPT in FP64 from plain formulas: tokens (B, T) -> (B, T, V). `weight` says which weights to
+    use."""
     c = model.cfg
     B, T = tokens.shape
     H, KV, D = c.n_heads, c.n_kv_heads, c.head_dim
@@ -43,7 +45,7 @@ def gpt_logits(model, tokens, weight=lambda p: p.detach().double()):
             q, k = norm(q, b.q_norm), norm(k, b.k_norm)
         q, k = rotate(q), rotate(k)
         out = []
-        for head in range(H):                                   # one head at a time, with its own copy of the shared keys
+        for head in range(H):                            # one head at a time, with its own copy of the shared keys
             kh, vh = k[:, :, head // (H // KV)], v[:, :, head // (H // KV)]
             s = q[:, :, head] @ kh.transpose(1, 2) / math.sqrt(D)
             s = s + torch.full((T, T), -math.inf).double().triu(1)
@@ -55,8 +57,9 @@ def gpt_logits(model, tokens, weight=lambda p: p.detach().double()):
 
 
 def sample_without_cache(model, prompts, n, new, noise, stop, temperature=1.0):
-    """What Sampler.generate must do, the slow and obvious way: a row at a time, the whole sequence again for every token.
-    Returns for each answer its tokens and their log-probs."""
+    """What Sampler.generate must do, the slow and obvious way: a row at a time, the whole sequence again for every
+    token. noise (T, R): the number that each token of each answer is drawn with. Returns for each answer its tokens and
+    their log-probs."""
     answers = []
     for row in range(len(prompts) * n):
         seq, logps = list(prompts[row // n]), []

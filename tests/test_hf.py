@@ -1,5 +1,5 @@
-"""Real checkpoints against the libraries that write them: every family and flag as a tiny random model made by transformers,
-read here, compared, written, and read there again. Nothing is downloaded."""
+"""Real checkpoints against the libraries that write them: every family and flag as a tiny random model made by
+transformers, read here, compared, written, and read there again. Nothing is downloaded."""
 import json
 import os
 import subprocess
@@ -34,7 +34,8 @@ FAMILIES = {
     "llama 3.1": (T.LlamaConfig, dict(rope_parameters=LLAMA3)),
     "llama 3.2 tied": (T.LlamaConfig, dict(rope_parameters=LLAMA3, tie_word_embeddings=True)),
     "qwen3 moe": (T.Qwen3MoeConfig, dict(MOE, norm_topk_prob=True)),
-    "qwen3 moe, unnormalised, one dense layer": (T.Qwen3MoeConfig, dict(MOE, norm_topk_prob=False, mlp_only_layers=[1])),
+    "qwen3 moe, unnormalised, one dense layer":
+        (T.Qwen3MoeConfig, dict(MOE, norm_topk_prob=False, mlp_only_layers=[1])),
     "qwen3 moe, every other layer": (T.Qwen3MoeConfig, dict(MOE, norm_topk_prob=True, decoder_sparse_step=2)),
 }
 TOKENS = torch.randint(0, 131, (3, 24), generator=torch.Generator().manual_seed(1))
@@ -78,7 +79,8 @@ def test_logits_and_greedy_answers_of_every_family(family, tmp_path, device):
         said = reference.generate(TOKENS[:, :20], max_new_tokens=64, do_sample=False, eos_token_id=7, pad_token_id=0)
     for row in range(3):
         end = int(got.length[row])
-        assert got.tokens[row, :end].tolist() == said[row, :end].tolist() and (end == 84 or got.tokens[row, end - 1] == 7)
+        assert got.tokens[row, :end].tolist() == said[row, :end].tolist()
+        assert end == 84 or got.tokens[row, end - 1] == 7
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -97,7 +99,7 @@ def test_gradients_of_every_family(family, tmp_path, device):
         p.data = p.grad                                                 # so that `tensors` cuts the gradients up
     got = dict(weights.tensors(model))
     grads = {n: p.grad for n, p in reference.named_parameters()}
-    for n in list(grads):                                               # transformers keeps all experts of a layer in one tensor
+    for n in list(grads):                                     # transformers keeps all experts of a layer in one tensor
         if n.endswith(("experts.gate_up_proj", "experts.down_proj")):
             g = grads.pop(n)
             for e in range(len(g)):
@@ -126,7 +128,8 @@ def test_a_round_trip_is_exact(family, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters()))
     weights.save(tmp_path / "c", model)                                 # without the folder that it came from
     with torch.no_grad():
-        assert torch.equal(T.AutoModelForCausalLM.from_pretrained(tmp_path / "c")(TOKENS).logits, reference(TOKENS).logits)
+        back = T.AutoModelForCausalLM.from_pretrained(tmp_path / "c")
+        assert torch.equal(back(TOKENS).logits, reference(TOKENS).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -148,7 +151,8 @@ def test_a_model_from_scratch_goes_to_transformers(tmp_path):
     """Tokens are bytes: its folder has a tokenizer that says so."""
     model = tiny(vocab_size=258)
     weights.save(tmp_path / "m", model)
-    back, tokenizer = T.AutoModelForCausalLM.from_pretrained(tmp_path / "m"), T.AutoTokenizer.from_pretrained(tmp_path / "m")
+    back = T.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    tokenizer = T.AutoTokenizer.from_pretrained(tmp_path / "m")
     text = "187+737= é\n  <|stop|>"
     ids = tokenizer(text)["input_ids"]
     assert ids == [*text.removesuffix("<|stop|>").encode(), 256] and tokenizer.eos_token_id == 256
@@ -171,7 +175,7 @@ def test_a_model_from_scratch_goes_to_transformers(tmp_path):
     (dict(attention_bias=True), "attention_bias"),
     (dict(mlp_bias=True), "mlp_bias"),
     (dict(hidden_size=None), "no usable value"),
-    (dict(num_key_value_heads=3), "not a multiple"),
+    (dict(num_key_value_heads=3), "no multiple"),
     (dict(vocab_size=130), r"embed_tokens.weight has shape \(131, 64\), the config asks for \(130, 64\)"),
     (dict(num_hidden_layers=4), "no tensor model.layers.3.input_layernorm.weight"),
     (dict(num_hidden_layers=2), "no place for: model.layers.2"),
@@ -231,7 +235,7 @@ def test_numbers_that_are_not_finite_and_formats_too_small(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_takes_little_more_than_the_model(tmp_path):
-    """Peak memory of a process that loads 270 MB of FP32 weights from files half as large: at most 1.2 times the model."""
+    """Peak memory of a process that loads 270 MB of FP32 weights from files half as large: 1.2 times the model."""
     cfg = GPTConfig(vocab_size=3000, n_layers=16, width=512, n_heads=8, n_kv_heads=4, mlp_width=2048, context=64)
     code = textwrap.dedent(f"""
         import sys
@@ -276,18 +280,20 @@ def test_the_health_check_names_the_layer(tmp_path, capsys):
 # --- LoRA
 
 
-@pytest.mark.parametrize("targets", [(), ("q_proj", "v_proj"), ("k_proj", "o_proj", "up_proj", "down_proj")], ids=len)
-def test_adapters_are_pefts(targets, tmp_path, device):
-    """Logits, gradients and the saved folder, against peft on the same weights."""
+@pytest.mark.parametrize("family", ["qwen2.5 tied", "qwen3, head_dim apart", "qwen3 moe"])
+def test_adapters_are_pefts(family, tmp_path, device):
+    """Logits, gradients and the saved folder, against peft on the same weights. Every projection has one, but the
+    experts'."""
     peft = pytest.importorskip("peft")
-    reference = theirs("qwen2.5 tied", tmp_path / "base")
-    model = weights.load(tmp_path / "base", device).adapt(4, 8.0, targets, seed=3)
+    reference = theirs(family, tmp_path / "base")
+    model = weights.load(tmp_path / "base", device).adapt(4, seed=3)
     with torch.no_grad():
         for b in model.blocks:
             for adapter in b.lora.values():
                 for B in adapter.B:
                     B.copy_(torch.randn(B.shape, generator=torch.Generator().manual_seed(5)) * 0.1)
-    weights.save_adapter(tmp_path / "adapter", model, tmp_path / "base", alpha=8.0)
+    weights.save_adapter(tmp_path / "adapter", model, tmp_path / "base")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["lora_alpha"] == 8
     model.use(numerics("fp32", device).hold(model.parameters()))
     adapted = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter", is_trainable=True)
     want = adapted(TOKENS).logits
@@ -311,13 +317,14 @@ def test_adapters_are_pefts(targets, tmp_path, device):
             a, B = next(v for (layer, name), v in mine.items() if layer in n and f".{name}." in n)
             assert torch.allclose(a if "lora_A" in n else B, p.grad, atol=1e-5, rtol=1e-3), n
             checked += 1
-    assert checked == 2 * len(mine) > 0
+    sparse = sum(b.experts is not None for b in model.blocks)
+    assert checked == 2 * len(mine) == 2 * (7 * 3 - 3 * sparse)
 
 
 def test_lora_keeps_one_rounded_base(device):
-    """The base is frozen in the format, once; adapters have FP32 masters; an unknown projection is refused."""
+    """The base is frozen in the format, once; adapters have FP32 masters."""
     num = numerics("fp16", device)
-    model = tiny(device).adapt(2, 4.0)
+    model = tiny(device).adapt(2)
     model.keep_rounded(num)
     num.hold(model.parameters())
     for n, p in model.named_parameters():
@@ -327,14 +334,12 @@ def test_lora_keeps_one_rounded_base(device):
             assert torch.equal(p.float(), p.half().float())
         else:
             assert p.dtype == torch.float32
-    with pytest.raises(InputError, match="LoRA on 'qproj'"):
-        tiny().adapt(2, 4.0, ("qproj",))
 
 
 @pytest.mark.parametrize("fmt", ["fp32", "fp16"])
 def test_a_fresh_adapter_changes_nothing(fmt, device):
     """B is zero: the same log-probs as without, but for a sum that is rounded once more and stays what it is."""
-    plain, adapted = tiny(device, fmt, gain=2.0), tiny(device, gain=2.0).adapt(4, 8.0)
+    plain, adapted = tiny(device, fmt, gain=2.0), tiny(device, gain=2.0).adapt(4)
     adapted.use(numerics(fmt, device).hold(adapted.parameters()))
     tokens = (TOKENS % 67).to(plain.embedding.device)
     assert (logits(plain, tokens) - logits(adapted, tokens)).abs().max() < (1e-4 if fmt == "fp32" else 0.1)
@@ -344,8 +349,8 @@ def test_a_fresh_adapter_changes_nothing(fmt, device):
 
 
 def test_replayed_routes_are_followed(device):
-    """Sending tokens to the experts they chose is the same as letting them choose; to others is not. A cached pass records the
-    same choices as a full one."""
+    """Sending tokens to the experts they chose is the same as letting them choose; to others is not. A cached pass
+    records the same choices as a full one."""
     model = tiny(device, gain=3.0, n_experts=6, experts_per_token=2, expert_width=24, dense_layers=(1,), qk_norm=True)
     tokens = (TOKENS % 67).to(model.embedding.device)
     where = torch.zeros_like(tokens, dtype=torch.bool)
@@ -383,8 +388,10 @@ def test_gradients_of_experts_by_finite_differences(device):
         routes = model.routes()
     model.token_logprobs(tokens, where, replay=routes)[0].sum().backward()
     g = torch.Generator().manual_seed(0)
-    for name in ("router", "gate_up", "down", "norm2", "qkv"):
-        p = getattr(model.blocks[0], name)
+    block, busy = model.blocks[0], int(routes[:, :, 0].flatten().bincount().argmax())        # an expert that many go to
+    masters = dict(router=block.experts.router, gate_up=block.experts.gate_up[busy], down=block.experts.down[busy],
+                   norm2=block.norm2, qkv=block.qkv)
+    for name, p in masters.items():
         direction = torch.randn(p.shape, generator=g).to(p.device)
         along, h = float((p.grad * direction).sum()), 2e-3 / float(direction.norm())
         values = []

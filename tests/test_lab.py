@@ -9,13 +9,14 @@ import pytest
 from experiments import bias_variance, dial, lab, loss_scale
 from precision import parse_format
 
-JOB = ("--digits 1 --noise 0.3 --n-layers 1 --width 32 --n-heads 2 --n-kv-heads 1 --mlp-width 64 --base-steps 30 "
-       "--base-batch 32 --base-lr 4e-3 --pool 40 --heldout 0 --prompts 4 --steps 3 --keep-from 0 --keep-to 1").split()
+JOB = ("--digits 1 --noise 0.3 --n-layers 1 --width 32 --base-steps 30 --base-batch 32 --base-lr 4e-3 --pool 40 "
+       "--heldout 0 --prompts 4 --steps 3 --keep 0 1").split()
 
 
 def record(name="x", seed=0, accuracy=(0.5,), **kw):
     curves = {k: [0.0] * len(accuracy) for k in lab.CURVES} | dict(accuracy=list(accuracy))
-    return dict(name=name, seed=seed, command=[], wall=1.0, curves=curves, accuracy=accuracy[-1] if accuracy else 0.0) | kw
+    end = accuracy[-1] if accuracy else 0.0
+    return dict(name=name, seed=seed, command=[], wall=1.0, curves=curves, accuracy=end) | kw
 
 
 # --- the rules
@@ -35,7 +36,7 @@ def test_paired_differences_by_hand():
 
 
 def test_what_a_collapse_is():
-    """20 points below the best, at the end, over ten steps: a dip that recovers is none, a run that broke off is one."""
+    """20 points below the best, at the end, over ten steps: a dip that recovers is none, one that broke off is."""
     up = list(np.linspace(0.5, 0.9, 30))
     assert not lab.collapsed(record(accuracy=up)) and lab.best(record(accuracy=up)) == pytest.approx(np.mean(up[-10:]))
     assert lab.collapsed(record(accuracy=up + [0.6] * 10)) and not lab.collapsed(record(accuracy=up + [0.75] * 10))
@@ -81,8 +82,8 @@ def test_what_a_format_loses():
 
 
 def test_moments_of_gradients():
-    """The squared bias is estimated without the noise's own square: over many batches of pure noise it is 0, of noise and an
-    offset, the offset's."""
+    """The squared bias is estimated without the noise's own square: over many batches of pure noise it is 0, of noise
+    and an offset, the offset's."""
     import torch
     g = torch.Generator().manual_seed(0)
     noise, offset = bias_variance.Moments(), bias_variance.Moments()
@@ -98,16 +99,16 @@ def test_moments_of_gradients():
 
 
 def test_a_sweep_runs_resumes_and_reports(monkeypatch, tmp_path, cache, capsys):
-    """Two formats, one that overflows; a second sweep runs nothing; another version of the sources runs all of it again."""
+    """Two formats, one that overflows; a second sweep runs nothing; other sources run all of it again."""
     monkeypatch.setenv("TENBIT_CACHE", str(cache))
-    monkeypatch.setattr("data.base.CACHE", cache)
+    monkeypatch.setattr("run.base.CACHE", cache)
     jobs = [lab.Job("bf16/fp32", 0, (*JOB, *lab.formats("bf16/fp32"))),
             lab.Job("e2m3", 0, (*JOB, *lab.formats("fp32/e2m3")))]
     records = lab.sweep(jobs, tmp_path / "runs", 2)
     said = capsys.readouterr().out
     assert [r["name"] for r in records] == ["bf16/fp32", "e2m3"] and "min to go" in said and "  2/2 " in said
     good, bad = records
-    assert 0 <= good["accuracy_train"] <= 1                                       # the deployment gap, formats being two
+    assert 0 <= good["accuracy_train"] <= 1                                 # the deployment gap, formats being two
     assert len(good["curves"]["accuracy"]) == 3 and 0 <= good["accuracy"] <= 1 and min(good["curves"]["kl_k3"]) > 0
     assert "stopped: log-probs are no longer finite" in bad["failed"] and str(tmp_path) not in bad["failed"]
     assert not list((tmp_path / "runs").glob("*/run/checkpoint.pt"))              # a sweep has hundreds
@@ -116,7 +117,8 @@ def test_a_sweep_runs_resumes_and_reports(monkeypatch, tmp_path, cache, capsys):
     assert lab.sweep(jobs, tmp_path / "runs", 2) == records and [p.stat().st_mtime_ns for p in logs] == times
     monkeypatch.setattr(lab, "sources", lambda: "changed")
     again = lab.sweep(jobs[:1], tmp_path / "runs", 1)[0]
-    assert again["sources"] == "changed" and again["curves"]["accuracy"] == good["curves"]["accuracy"]     # and the same numbers
+    assert again["sources"] == "changed"
+    assert again["curves"]["accuracy"] == good["curves"]["accuracy"]              # and the same numbers
     with pytest.raises(SystemExit, match="nonsense"):                             # a mistake is no outcome
         lab.run(lab.Job("nonsense", 0, (*JOB, *lab.formats("nonsense"))), tmp_path / "runs", "x")
 
@@ -126,11 +128,12 @@ def test_a_sweep_runs_resumes_and_reports(monkeypatch, tmp_path, cache, capsys):
 def test_every_experiment_has_a_quick_version(name, tmp_path, cache, monkeypatch):
     """It runs, and leaves a JSON file with its provenance and a picture."""
     monkeypatch.setenv("TENBIT_CACHE", str(cache))
-    monkeypatch.setattr("data.base.CACHE", cache)
+    monkeypatch.setattr("run.base.CACHE", cache)
     importlib.import_module(f"experiments.{name}").main(["--quick", "--out", str(tmp_path)])
     text = (tmp_path / f"{name}.json").read_text()
     report = json.loads(text)
-    assert {"command", "config", "machine", "torch", "git", "sources", "date", "seconds", "result", "runs"} <= set(report)
+    names = "command config machine torch git sources date seconds result runs"
+    assert set(names.split()) <= set(report)
     assert "NaN" not in text and "Infinity" not in text
     assert f"experiments.{name} --quick" in report["command"] and report["seconds"] < 120
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
@@ -142,4 +145,5 @@ def test_what_a_gpu_would_be_asked_to_hold(tmp_path, monkeypatch, cache):
     monkeypatch.setenv("TENBIT_CACHE", str(cache))
     importlib.import_module("experiments.fit").main(["--quick", "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "fit.json").read_text())["result"]["rows"]
-    assert len(rows) == 2 and all(r["peak_mib"] > 100 and r["tokens"] == 16 * 24 and r["grad_norm"] > 0 for r in rows.values())
+    assert len(rows) == 2
+    assert all(r["peak_mib"] > 100 and r["tokens"] == 16 * 24 and r["grad_norm"] > 0 for r in rows.values())

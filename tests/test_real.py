@@ -1,5 +1,7 @@
-"""From a folder written by transformers to a trained model loaded back into transformers, by the commands that a user types."""
+"""From a folder written by transformers to a trained model loaded back into it, by the commands that a user types."""
+import dataclasses
 import json
+import re
 import shutil
 
 import pytest
@@ -8,18 +10,19 @@ import torch
 import sample
 import train_rl
 from hf import weights
-from model import load_checkpoint
 from precision import InputError
+from run.checkpoint import load_checkpoint
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 T = transformers
+FLAGS = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(train_rl.Config)}
 
 TASK = '''
-def problems():
+def load(path):
     return [(f"Say something short, number {i}.", "") for i in range(12)]
 
-def reward(question, answer, text):
+def reward(problem, text):
     return float(len(text) < 14)
 '''
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -62,12 +65,11 @@ def home(tmp_path_factory):
 def train(home, monkeypatch, tmp_path):
     """train(name, *flags): a run of train_rl.py in a folder of its own -> (its folder, the metrics of its steps)."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("data.CACHE", tmp_path / "cache")
-    monkeypatch.setattr("data.base.CACHE", tmp_path / "cache")
+    monkeypatch.setattr("run.base.CACHE", tmp_path / "cache")
 
     def run(name, *flags, model="qwen"):
-        args = ["--model", str(home / model), "--task", str(home / "short.py"), "--heldout", "4", "--prompts", "4", "--group",
-                "16", "--max-answer", "14", "--steps", "3", "--no-plot", "--out", name]
+        args = ["--model", str(home / model), "--task", str(home / "short.py"), "--out", name,
+                *"--heldout 4 --prompts 4 --group 16 --max-answer 14 --steps 3".split()]
         if "--resume" in flags:
             args = []
         train_rl.main([*args, *flags])
@@ -77,8 +79,8 @@ def train(home, monkeypatch, tmp_path):
 
 
 def test_it_learns_and_goes_back_to_transformers(train, home, capsys):
-    """A random model hardly ever ends its answer within 14 tokens; after 40 steps it nearly always does. What the run leaves is a
-    folder that transformers loads, whose answers are this program's."""
+    """A random model hardly ever ends its answer within 14 tokens; after 40 steps it nearly always does. What the run
+    leaves is a folder that transformers loads, whose answers are this program's."""
     run, steps = train("full", "--steps", "40", "--lr", "2e-3", "--seed", "1")
     first, last = (sum(m["accuracy"] for m in part) / 5 for part in (steps[:5], steps[-5:]))
     assert first < 0.2 and last > 0.8, (first, last)
@@ -88,7 +90,8 @@ def test_it_learns_and_goes_back_to_transformers(train, home, capsys):
     tokenizer = T.AutoTokenizer.from_pretrained(run / "model")
     model, ours, _ = sample.open_model(run, "cpu")
     text = "Say something short, number 3."
-    rendered = tokenizer.apply_chat_template([dict(role="user", content=text)], add_generation_prompt=True, tokenize=False)
+    chat = [dict(role="user", content=text)]
+    rendered = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     tokens = tokenizer(rendered)["input_ids"]
     assert ours.prompt(text) == tokens
     for name, part in weights.tensors(model):                              # the masters, rounded: what was rolled out
@@ -101,13 +104,15 @@ def test_it_learns_and_goes_back_to_transformers(train, home, capsys):
 
 
 def test_lora_from_the_command_line_to_peft(train, home, capsys):
-    """Only adapters are trained and kept; the folder is peft's; a resumed run goes on bit for bit; another base is refused."""
+    """Only adapters are trained and kept; the folder is peft's; a resumed run goes on bit for bit; another base is
+    refused."""
     peft = pytest.importorskip("peft")
-    flags = "--lora-rank 2 --lora-alpha 8 --lora-targets q_proj,v_proj,up_proj --kl-beta 0.01 --lr 5e-3".split()
+    flags = "--lora-rank 2 --kl-beta 0.01 --lr 5e-3".split()
     run, steps = train("whole", *flags, "--steps", "4", "--save-every", "2")
     assert steps[0]["kl_reference"] == 0 < steps[-1]["kl_reference"]       # the base alone is the reference
     state = load_checkpoint(run)
-    assert all("lora" in n for n in state["model"]) and len(state["model"]) == 2 * (3 + 2)        # A and B's of qkv and gate_up
+    assert all("lora" in n for n in state["model"])
+    assert len(state["model"]) == 2 * (1 + 3 + 1 + 1 + 1 + 2 + 1 + 1)      # A and B's of qkv, proj, gate_up, down
     train("parts", *flags, "--steps", "2", "--lr-schedule", "constant")
     train("parts", "--resume", "parts", "--steps", "4")
     again = load_checkpoint(run.parent / "parts")
@@ -120,7 +125,7 @@ def test_lora_from_the_command_line_to_peft(train, home, capsys):
         got, want = model.logits(model(tokens)[0]), adapted(tokens).logits[0]
         with adapted.disable_adapter():
             assert (adapted(tokens).logits[0] - want).abs().max() > 1e-3   # it has learned something
-    assert (got - want).abs().max() < 2e-3                                 # the base was kept in fp16 while the adapters learned
+    assert (got - want).abs().max() < 2e-3                    # the base was kept in fp16 while the adapters learned
     other = run.parent / "other"
     shutil.copytree(home / "qwen", other)
     model = weights.load(other)
@@ -147,16 +152,12 @@ def test_experts_and_their_routes(train):
 
 
 def test_problems_of_a_file(train, home, tmp_path, capsys):
-    rows = [{"question": f"What is {i} and one?{' really' * (30 if i == 7 else 0)}", "answer": f"Well. #### {i + 1}"}
-            for i in range(20)]
+    rows = [{"question": f"What is {i} and one?", "answer": f"Well. #### {i + 1}"} for i in range(20)]
     (tmp_path / "g.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    run, steps = train("g", "--task", "gsm8k", "--data", str(tmp_path / "g.jsonl"), "--heldout", "5", "--max-prompt", "200",
-                       "--steps", "1")
-    said = capsys.readouterr().out
-    assert "left out: 1 problems whose prompts are longer than --max-prompt 200" in said
+    run, steps = train("g", "--task", "gsm8k", "--data", str(tmp_path / "g.jsonl"), "--heldout", "5", "--steps", "1")
     state = load_checkpoint(run)
     asked = {p[0] for p in state["problems"]} | {p[0] for p in state["heldout"]}
-    assert len(asked) == 19 == len(state["problems"]) + len(state["heldout"])
+    assert len(asked) == 20 == len(state["problems"]) + len(state["heldout"]) and len(state["heldout"]) == 5
     assert all(m["accuracy"] == 0 for m in steps)
     sample.main(["--model", str(run), "--eval", "--n", "2", "--problems", "3", "--data", str(tmp_path / "g.jsonl")])
     assert "gsm8k, 3 problems x 2 tries" in capsys.readouterr().out
@@ -166,24 +167,37 @@ def test_problems_of_a_file(train, home, tmp_path, capsys):
     assert T.AutoModelForCausalLM.from_pretrained("out", dtype="auto").dtype == torch.bfloat16
 
 
+def test_a_problem_that_does_not_fit_the_model_is_refused(train, tmp_path):
+    """The longest prompt and the longest answer together are what the model must hold; no problem is left out."""
+    rows = [{"question": f"What is {i}?{' really' * (200 if i == 7 else 0)}", "answer": "#### 1"} for i in range(20)]
+    (tmp_path / "g.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with pytest.raises(InputError, match="of prompt and answer are more than the 256 that .* lower --max-answer") as e:
+        train("g", "--task", "gsm8k", "--data", str(tmp_path / "g.jsonl"), "--heldout", "5", "--steps", "1")
+    assert "\n" not in str(e.value) and not (tmp_path / "g").exists()
+    assert set(re.findall("--[a-z-]+", str(e.value))) <= FLAGS
+
+
 @pytest.mark.parametrize("flags, words", [
-    (("--task", "gsm8k"), "--task gsm8k needs a model that can read: --model FOLDER"),
-    (("--task", "gsm8k", "--model", "qwen"), "--data"),
-    (("--task", "gsm9k"), "no task 'gsm9k', did you mean gsm8k"),
-    (("--model", "nowhere"), "--model nowhere: no checkpoint's folder is there"),
-    (("--model", "qwen", "--prompt-form", "llama3"), "llama3"),
-    (("--model", "qwen", "--lora-rank", "2", "--lora-targets", "qproj"), "LoRA on 'qproj'"),
-    (("--model", "qwen", "--replay-routing"), "this model has no experts"),
-    (("--replay-routing",), "--replay-routing is for models with experts"),
-    (("--model", "qwen", "--max-answer", "300"), "more than the 256 that"),
-    (("--n-experts", "2", "--experts-per-token", "3"), "--experts-per-token 3 is more than --n-experts 2"),
+    ("--task gsm8k", "--task gsm8k needs a model that can read: --model FOLDER"),
+    ("--task gsm8k --model qwen", "--data"),
+    ("--task gsm9k", "no task 'gsm9k', did you mean gsm8k"),
+    ("--model nowhere", "--model nowhere: no checkpoint's folder is there"),
+    ("--model qwen --prompt-form llama3", "llama3"),
+    ("--model qwen --replay-routing", "--replay-routing: this model has no experts"),
+    ("--model qwen --max-answer 300", "more than the 256 that"),
+    ("--replay-routing", "--replay-routing would have no effect: it counts for models with experts"),
+    ("--max-answer 20", "--max-answer would have no effect: it counts with --model"),
+    ("--model qwen --width 64", "--width would have no effect: it counts without --model"),
+    ("--model qwen --noise 0.1", "--noise would have no effect: it counts for the tasks .* without --model"),
+    ("--model qwen --task gsm8k --digits 2", "--digits would have no effect: it counts for the tasks addition"),
+    ("--n-experts 1", "2 of 1 experts cannot be"),
 ])
 def test_what_cannot_be_is_one_line(flags, words, home, tmp_path, monkeypatch):
     monkeypatch.chdir(home)
     with pytest.raises(InputError, match=words) as e:
-        train_rl.main([*flags, *"--digits 1 --pool 8 --heldout 0 --prompts 2 --out".split(), str(tmp_path / "run"),
-                       *(["--max-answer", "20"] if "--max-answer" not in flags else [])])
+        train_rl.main([*flags.split(), *"--pool 8 --heldout 0 --prompts 2 --out".split(), str(tmp_path / "run")])
     assert "\n" not in str(e.value) and not (tmp_path / "run").exists()
+    assert set(re.findall("--[a-z-]+", str(e.value))) <= FLAGS                      # it speaks of flags that there are
 
 
 def test_a_plan_for_a_real_model(home, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""The speed benchmark compares like with like: the same model, the same number of tokens, and it says what it leaves out."""
+"""The speed benchmark compares like with like: the same model, as many tokens, and it says what it leaves out."""
 import json
 
 import pytest
@@ -6,12 +6,13 @@ import torch
 from conftest import VARIANTS, tiny
 
 from experiments import speed
-from model import GPTConfig
+from experiments.bench import flops
+from model import GPT, GPTConfig
 
 
 @pytest.mark.parametrize("variant", ["plain", "qwen2.5"])
 def test_the_peer_is_the_same_model(variant):
-    """transformers' Llama and Qwen2 with our weights give our logits: also a check of model.py against a third party."""
+    """transformers' Llama and Qwen2 with our weights give our logits: a check of model.py against a third party too."""
     pytest.importorskip("transformers")
     model = tiny(gain=2.0, **VARIANTS[variant])
     assert speed.agrees(model, speed.to_transformers(model)) < 1e-5
@@ -25,7 +26,8 @@ def test_taking_turns_and_ratios():
     order = []
     contenders = {"a": lambda t: order.append(("a", t)), "b": lambda t: order.append(("b", t))}
     times = speed.taking_turns(contenders, 2, torch.device("cpu"))
-    assert order == [(n, t) for t in (0, 1, 2) for n in "ab"] and [len(x) for x in times.values()] == [2, 2]  # turn 0 warms up
+    assert order == [(n, t) for t in (0, 1, 2) for n in "ab"]
+    assert [len(x) for x in times.values()] == [2, 2]                            # turn 0 warms up
     assert speed.ratio([2, 30, 4], [1, 3, 4]) == 2                               # the median of 2, 10 and 1
 
 
@@ -63,14 +65,25 @@ def test_missing_packages_are_named(monkeypatch, capsys):
     assert "tenbit fp16" in report["0.9M"]["step"]
 
 
+def test_flops_count_the_products():
+    """By hand, for one block: every weight of a matrix is one multiply-add per token, attention two per key and
+    channel; of the experts a token meets two, and the router's every row."""
+    gpt = dict(vocab_size=10, n_layers=1, width=8, n_heads=2, n_kv_heads=1, mlp_width=6, context=5)
+    attention, mlp, rest = (8 + 4 + 4) * 8 + 8 * 8, 12 * 8 + 8 * 6, 3 * 2 * 8 * 5 + 2 * 10 * 8
+    assert flops(GPT(GPTConfig(**gpt)), tokens=3, context=5, heads=2) == 2 * (3 * (attention + mlp) + rest)
+    sparse = GPT(GPTConfig(**gpt, n_experts=5, experts_per_token=2, expert_width=3))
+    experts = 5 * 8 + 2 * (6 * 8 + 8 * 3)
+    assert flops(sparse, tokens=3, context=5, heads=2) == pytest.approx(2 * (3 * (attention + experts) + rest))
+
+
 def test_work_is_counted_by_hand():
     """One layer, no head's worth of context: FLOPs of a rollout and a step against a count by hand."""
     gpt = GPTConfig(vocab_size=10, n_layers=1, width=4, n_heads=1, n_kv_heads=1, mlp_width=8, context=16)
     size = speed.Size(gpt, prompts=1, prompt=3, new=5, micro=8)
     own = speed.Own(speed.GPT(gpt), size, "fp32")
-    layer = 2 * (4 * 12 + 4 * 4 + 3 * 4 * 8)                                     # multiply-adds of all matrices, counted as 2
+    layer = 2 * (4 * 12 + 4 * 4 + 3 * 4 * 8)                               # multiply-adds of all matrices, counted as 2
     head = 2 * 4 * 10
-    prefill = 3 * (layer + 4 * 4 * 1.5) + head                                   # scores and values: 2 * 2 * width * keys
+    prefill = 3 * (layer + 4 * 4 * 1.5) + head                             # scores and values: 2 * 2 * width * keys
     decode = 8 * 4 * (layer + 4 * 4 * 5.5 + head)
     forward = 8 * (7 * (layer + 4 * 4 * 4) + 5 * head)
     assert own.flops() == (prefill + decode, prefill + decode + 3 * forward)
@@ -81,7 +94,7 @@ def test_modes_are_what_they_say(monkeypatch, capsys, tmp_path):
     small(monkeypatch)
     size, probes = speed.sizes(False)["0.9M"], []
 
-    def probe(command, **_):                                                    # a process of its own would have the real sizes
+    def probe(command, **_):                                # a process of its own would have the real sizes
         probes.append(command[4])
         return type("Done", (), dict(stdout=json.dumps(dict(peak_mib=100.0 + 20 * ("exact" in command[4])))))
     monkeypatch.setattr(speed.subprocess, "run", probe)

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import FETCHED, Problem, make_task, prepare, stream
+import train_rl
+from data import FETCHED, Problem, prepare, stream
 from data.countdown import Countdown, ways
 from data.env import Env
 from data.expression import evaluate
@@ -21,11 +22,13 @@ from data.gsm8k import final_number, number
 from data.guard import Guard
 from data.math_answers import last_boxed, tame
 from data.own import load_own
+from data.tasks import make_task
+from data.tokenizer import decode
 from precision import InputError
 
 HERE = pathlib.Path(__file__).resolve().parent.parent
 FIXTURES = HERE / "data" / "fixtures"
-REAL = HERE.parent / "shared" / "data"                                    # where the whole data sets lie, if they are at hand
+REAL = HERE.parent / "shared" / "data"                        # where the whole data sets lie, if they are at hand
 
 
 def lines(path):
@@ -36,9 +39,11 @@ def lines(path):
 
 
 @pytest.mark.parametrize("said, value", [
-    ("72", 72), ("72 clips", 72), ("$1,000.50", Fraction(2001, 2)), ("0.50", Fraction(1, 2)), (".5", Fraction(1, 2)), ("-7", -7),
+    ("72", 72), ("72 clips", 72), ("$1,000.50", Fraction(2001, 2)), ("0.50", Fraction(1, 2)), (".5", Fraction(1, 2)),
+    ("-7", -7),
     ("−7", -7), ("3/4", Fraction(3, 4)), (r"\frac{3}{4}", Fraction(3, 4)), (r"-\dfrac{3}{4}", Fraction(-3, 4)),
-    (r"1{,}000", 1000), (r"1\,000", 1000), ("12%", 12), (r"12\%", 12), (r"5 \text{ hours}", 5), ("10 dollars.", 10), ("72.", 72),
+    (r"1{,}000", 1000), (r"1\,000", 1000), ("12%", 12), (r"12\%", 12), (r"5 \text{ hours}", 5), ("10 dollars.", 10),
+    ("72.", 72),
     ("x = 5", 5), ("2 1/2", Fraction(5, 2)), ("", None), ("none", None), ("3 or 4", None), ("5+3", None), ("1/0", None),
     ("9" * 31, None), ("1,00", None), ("1" * 100_000, None), ("1 2", None), ("x = 5, y = 6", None), ("(" * 5000, None)])
 def test_numbers_of_gsm8k(said, value):
@@ -51,7 +56,8 @@ def test_final_numbers():
     assert final_number("the answer is 5") is None and final_number("####") is None and final_number("\\boxed{") is None
 
 
-@pytest.mark.parametrize("path", [FIXTURES / "gsm8k.jsonl", REAL / "gsm8k" / "train.jsonl"], ids=["fixture", "all 7,473"])
+@pytest.mark.parametrize("path", [FIXTURES / "gsm8k.jsonl", REAL / "gsm8k" / "train.jsonl"],
+                         ids=["fixture", "all 7,473"])
 def test_every_solution_of_gsm8k_is_right_and_perturbed_ones_are_wrong(path):
     if not path.exists():
         pytest.skip("the whole data set is not at hand")
@@ -81,7 +87,8 @@ def math():
     return make_task("math").prepare()
 
 
-@pytest.mark.parametrize("path", [FIXTURES / "math.jsonl", REAL / "math_sanity" / "problems.jsonl"], ids=["fixture", "all 1,460"])
+@pytest.mark.parametrize("path", [FIXTURES / "math.jsonl", REAL / "math_sanity" / "problems.jsonl"],
+                         ids=["fixture", "all 1,460"])
 def test_every_answer_of_math_is_right_in_a_box_and_the_next_one_is_wrong(path, math):
     if not path.exists():
         pytest.skip("the whole data set is not at hand")
@@ -92,7 +99,8 @@ def test_every_answer_of_math_is_right_in_a_box_and_the_next_one_is_wrong(path, 
         assert math.reward(p, p.answer) == 0                              # without a box it is no answer
         other = problems[i - 1].answer
         if other.strip(".°") not in (p.answer, "60") and i % 7 == 0:
-            assert math.reward(p, rf"\boxed{{{other}}}") == math.reward(Problem("", other), rf"\boxed{{{p.answer}}}"), (p, other)
+            back = math.reward(Problem("", other), rf"\boxed{{{p.answer}}}")
+            assert math.reward(p, rf"\boxed{{{other}}}") == back, (p, other)
 
 
 @pytest.mark.parametrize("answer, same, other", [
@@ -116,9 +124,10 @@ def test_the_same_mathematics(answer, same, other, math):
 
 HOSTILE = ["9^{9^{9^{9}}}", "(x+1)^{9999}", "(x+y+z)^{99}", "(1+i)^{9999}",
            "10^{10^{10}}", "99999!", "(3!)!!!!!!", "2^{99999999}", "((2^{99})^{99})^{99}", "1E999999999",
-           "9" * 400, "__import__('os').system('true')", "().__class__", r"\text{__import__('os')}", "lambda: 0", "x" * 400,
-           "{" * 200, "(" * 300, r"\sum_{n=1}^{99999999} n", r"\int_0^1 x^x dx", r"\binom{99999}{5000}", r"\sqrt[99999]{2}",
-           "\x00", "é²", "\\", "^", "1/0", r"\frac{1}{0}", r"\log_{0}{0}", "()", "=", "=5=", ",", "nan", "oo", r"\infty - \infty"]
+           "9" * 400, "__import__('os').system('true')", "().__class__", r"\text{__import__('os')}", "lambda: 0",
+           "x" * 400, "{" * 200, "(" * 300, r"\sum_{n=1}^{99999999} n", r"\int_0^1 x^x dx", r"\binom{99999}{5000}",
+           r"\sqrt[99999]{2}", "\x00", "é²", "\\", "^", "1/0", r"\frac{1}{0}", r"\log_{0}{0}", "()", "=", "=5=", ",",
+           "nan", "oo", r"\infty - \infty"]
 
 
 def test_hostile_answers_end_and_never_reach_eval(math, monkeypatch):
@@ -142,7 +151,7 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
 
 
 def by_ast(text):
-    """The value by Python's own parser, walked over a short list of nodes: an independent reading of the same grammar."""
+    """The value by Python's own parser, walked over a short list of nodes: another reading of the same grammar."""
     def walk(node):
         if isinstance(node, ast.Constant) and type(node.value) is int:
             return Fraction(node.value)
@@ -153,8 +162,8 @@ def by_ast(text):
 
 
 EXPRESSIONS = st.recursive(st.integers(0, 99).map(str), lambda inner: st.builds(
-    lambda a, op, b, bare: f"{a}{op}{b}" if bare else f"({a} {op} {b})", inner, st.sampled_from("+-*/"), inner, st.booleans()),
-    max_leaves=8)
+    lambda a, op, b, bare: f"{a}{op}{b}" if bare else f"({a} {op} {b})",
+    inner, st.sampled_from("+-*/"), inner, st.booleans()), max_leaves=8)
 
 
 @settings(max_examples=400, deadline=None)
@@ -169,7 +178,8 @@ def test_expressions_against_pythons_own_parser(text):
             evaluate(text)
     else:
         value, used = evaluate(text)
-        assert value == want and sorted(used) == sorted(n.value for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Constant))
+        numbers = [n.value for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Constant)]
+        assert value == want and sorted(used) == sorted(numbers)
 
 
 @settings(max_examples=300, deadline=None)
@@ -185,8 +195,8 @@ def test_what_is_no_expression_is_refused(text):
 
 
 @pytest.mark.parametrize("text", [
-    "", " ", "2**3", "2^3", "-5", "+5", "3--2", "1/0", "1/(2-2)", "(1", "1)", "1 2", "1.5", "1e3", "a", "()", "1+", "*1", "٣",
-    "1_0", "9999999", "(" * 21 + "1" + ")" * 21, "1+" * 200 + "1", "(" * 10 ** 6])
+    "", " ", "2**3", "2^3", "-5", "+5", "3--2", "1/0", "1/(2-2)", "(1", "1)", "1 2", "1.5", "1e3", "a", "()", "1+",
+    "*1", "٣", "1_0", "9999999", "(" * 21 + "1" + ")" * 21, "1+" * 200 + "1", "(" * 10 ** 6])
 def test_hostile_expressions(text):
     with pytest.raises(ValueError):
         evaluate(text)
@@ -203,8 +213,8 @@ def test_countdown():
         assert len(p.prompt) <= task.prompt_length and len(good) < task.answer_length > len(bad)
     assert right < 10                                                     # a few have no other way to go
     p = Problem("3,5,7=38:", "(5*7)+3")
-    for text, reward in (("#(5*7)+3", 1), ("<answer>3 + 5*7</answer>", 1), ("5*7=35;#3+7*5", 1), ("#38", 0), ("#5*7+3+0", 0),
-                         ("#5*7+3 and", 0), ("(5*7)+3", 0), ("#35+3", 0), ("#5*7+", 0),
+    for text, reward in (("#(5*7)+3", 1), ("<answer>3 + 5*7</answer>", 1), ("5*7=35;#3+7*5", 1), ("#38", 0),
+                         ("#5*7+3+0", 0), ("#5*7+3 and", 0), ("(5*7)+3", 0), ("#35+3", 0), ("#5*7+", 0),
                          ("<answer>1</answer><answer>3+5*7</answer>", 1)):
         assert task.reward(p, text) == reward, text
     assert "3, 5, 7" in task.prompt(p.prompt) and "38" in task.prompt(p.prompt)
@@ -218,9 +228,9 @@ def test_countdown():
 
 TASK = '''
 import os, time
-def problems():
+def load(path):
     return [("a", "1"), ("b", "2")]
-def reward(question, answer, text):
+def reward(problem, text):
     if text == "hang": time.sleep(1000)
     if text == "spin": return 10 ** 10 ** 9
     if text == "raise": raise RuntimeError("no")
@@ -230,7 +240,7 @@ def reward(question, answer, text):
     if text == "text": return "one"
     if text == "print": print("[1.0]")
     if text == "fork" and os.fork() == 0: time.sleep(1000)
-    return text == answer
+    return text == problem.answer
 '''
 
 
@@ -291,8 +301,9 @@ def test_a_file_may_open_others_by_relative_names(tmp_path, monkeypatch):
     (tmp_path / "words.txt").write_text("a b")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "__init__.py").write_text("1/0")
-    (tmp_path / "t.py").write_text("WORDS = open('words.txt').read().split()\ndef problems(): return [(w, w) for w in WORDS]\n"
-                                   "def reward(question, answer, text): return text == answer")
+    (tmp_path / "t.py").write_text("WORDS = open('words.txt').read().split()\n"
+                                   "def load(path): return [(w, w) for w in WORDS]\n"
+                                   "def reward(problem, text): return text == problem.answer")
     monkeypatch.chdir(tmp_path)
     task = make_task("t.py")
     with Guard(task, 5.0, workers=1) as guard:
@@ -301,29 +312,101 @@ def test_a_file_may_open_others_by_relative_names(tmp_path, monkeypatch):
         assert os.getsid(child.pid) != os.getsid(0)                       # Ctrl-C on the terminal is not for it
 
 
+REWARD = "def reward(problem, text): return 1\n"
+LOAD = "def load(path): return [('q', 'a')]\n"
+DRAW = "def problem(rng): return 'q', 'a'\ndef demonstrate(problem, rng): return 'a'\n"
+
+
+def use(task):
+    """All that a run asks of a task before it learns, of whatever it has."""
+    if task.loads:
+        for p in task.load():
+            task.prompt(p.prompt)
+    if task.draws:
+        task.measure()
+
+
 @pytest.mark.parametrize("source, words", [
-    ("def problems(:", "line 1: invalid syntax"), ("x = 1", "no function problems"),
-    ("def problems(): return []", "no function reward"), ("1/0", "line 1: ZeroDivisionError"),
-    ("def problems(): return []\ndef reward(q, a, t): return 1", "gave no problems"),
-    ("def problems(): return [1]\ndef reward(q, a, t): return 1", r"gave 1; it gives pairs"),
-    ("def problems():\n    return 1/0\ndef reward(q, a, t): return 1", "line 2: ZeroDivisionError"),
-    ("def problems(): return [('q', 2)]\ndef reward(q, a, t): return 1", r"gave \('q', 2\)")])
+    ("def load(:", "line 1: invalid syntax"),
+    ("1/0", "line 1: ZeroDivisionError"),
+    ("x = 1", r"has no function reward\(problem, text\)"),
+    (LOAD, r"has no function reward\(problem, text\)"),
+    (LOAD + "reward = 1", r"has no function reward\(problem, text\)"),
+    (REWARD, r"has neither load\(path\), for a model that reads, nor problem\(rng\) and demonstrate\(problem, rng\)"),
+    (REWARD + "def problem(rng): return 'q', 'a'", "has neither load"),
+    (REWARD + "def load(path): return []", "load gave no problems"),
+    (REWARD + "def load(path): return [1]", "load gave 1, not a pair of texts"),
+    (REWARD + "def load(path): return 7", "load gave 7, not a list of pairs"),
+    (REWARD + "def load(path): return None", "load gave None, not a list of pairs"),
+    (REWARD + "def load(path): return 'text'", "load gave 't', not a pair of texts"),
+    (REWARD + "def load(path): return [('q', 2)]", r"load gave \('q', 2\), not a pair of texts"),
+    (REWARD + "def load(path): return [('', 'a')]", r"load gave \('', 'a'\), not a pair of texts"),
+    (REWARD + "def load(path):\n    return 1/0", "line 3: ZeroDivisionError"),
+    (REWARD + "def load(path):\n    yield 'q', 'a'\n    yield 1/0", "line 4: ZeroDivisionError"),
+    (REWARD + "def load(path):\n    raise ValueError('two\\nlines')", "line 3: ValueError: two"),
+    (REWARD + "def load(): return []", "TypeError: load.. takes 0 positional arguments"),
+    (REWARD + "def load(path): return open('nowhere')", "line 2: FileNotFoundError"),
+    (REWARD + LOAD + "def prompt(question): return 7", "prompt gave 7, not a text"),
+    (REWARD + LOAD + "def prompt(question): return ''", "prompt gave '', not a text"),
+    (REWARD + LOAD + "def prompt(question): return question.x", "line 3: AttributeError"),
+    (REWARD + DRAW.replace("return 'q', 'a'", "return 1/0"), "line 2: ZeroDivisionError"),
+    (REWARD + DRAW.replace("return 'q', 'a'", "return 'q'"), "problem gave 'q', not a pair of texts"),
+    (REWARD + DRAW.replace("return 'q', 'a'", "return rng.integers(9, size=(2, 2))"), "problem gave array"),
+    (REWARD + DRAW.replace("return 'a'", "return 1/0"), "line 3: ZeroDivisionError"),
+    (REWARD + DRAW.replace("return 'a'", "return 7"), "demonstrate gave 7, not a text"),
+    (REWARD + DRAW + "prompt_length = None", "prompt_length"),
+])
 def test_what_is_wrong_with_a_task_is_one_line(source, words, tmp_path):
+    """It names the file, and the file's own line where it raised."""
     (tmp_path / "t.py").write_text(source)
     with pytest.raises(InputError, match=words) as e:
-        make_task(str(tmp_path / "t.py")).load()
-    assert "\n" not in str(e.value)
-    with pytest.raises(InputError, match="cannot be read"):
-        make_task(str(tmp_path / "none.py"))
+        use(make_task(str(tmp_path / "t.py")))
+    assert "\n" not in str(e.value) and "t.py" in str(e.value)
+
+
+def test_a_task_that_is_not_there():
+    with pytest.raises(InputError, match="--task .*none.py cannot be read: No such file"):
+        make_task(str(HERE / "none.py"))
+    with pytest.raises(InputError, match="no task 'adition', did you mean addition"):
+        make_task("adition")
 
 
 def test_the_example_is_a_task():
     task = make_task(str(HERE / "data" / "example_task.py"))
     problems = task.load()
+    assert task.loads and not task.draws and not task.safe
     assert len(problems) > 40 and all(p.answer.isdigit() for p in problems) and len(set(problems)) == len(problems)
     assert task.reward(problems[0], f" {problems[0].answer}\n") == 1 and task.prompt("q") == "q"
     lines_of_code = [x for x in (HERE / "data" / "example_task.py").read_text().splitlines() if x.strip()]
     assert len(lines_of_code) <= 15
+
+
+def test_the_example_from_scratch_is_a_task():
+    """Its demonstrator is right about as often as it says, and its lengths are measured, with a little more."""
+    task, rng = make_task(str(HERE / "data" / "example_scratch.py")).measure(), stream(0)
+    assert task.draws and not task.loads and not task.safe
+    problems = [task.problem(rng) for _ in range(500)]
+    right = [task.reward(p, task.demonstrate(p, rng)) for p in problems]
+    assert 0.75 < sum(right) / len(right) < 0.9                   # a third guesses, half of the guesses are right
+    assert 6 <= task.prompt_length <= 8 and 3 <= task.answer_length <= 4  # 17?42= and 42 with its stop token
+    assert all(len(p.prompt) <= task.prompt_length and len(p.answer) < task.answer_length for p in problems)
+
+
+@pytest.mark.parametrize("where", ["ours", "in the user's own folder"])
+def test_a_task_of_ones_own_trains_from_scratch(where, tmp_path, monkeypatch, capsys):
+    """A base of its own by imitation, and then RL, with rewards in processes of their own."""
+    source = HERE / "data" / "example_scratch.py"
+    (tmp_path / "larger.py").write_text(source.read_text())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("run.base.CACHE", tmp_path / "cache")
+    job = ("--n-layers 2 --width 64 --base-steps 60 --base-batch 32 --pool 40 --keep 0 1 --heldout 8 --prompts 4 "
+           "--steps 2 --device cpu --out run")
+    task = str(source) if where == "ours" else "larger.py"
+    assert train_rl.main(["--task", task, *job.split()]) == 0
+    rows = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [r["step"] for r in rows if "step" in r] == [1, 2] and rows[-1]["result"]["kept"] == 40
+    assert list((tmp_path / "cache").glob("base-*/checkpoint.pt")) and "no verdict" in capsys.readouterr().out
+    assert all("?" in r["prompt"] for r in lines(tmp_path / "run" / "samples.jsonl"))
 
 
 def test_a_line_that_is_wrong_is_named(tmp_path):
@@ -343,9 +426,18 @@ def test_a_line_that_is_wrong_is_named(tmp_path):
 def test_words_for_models_that_read_and_signs_for_those_from_scratch():
     class Chat:
         form = "chatml"
+
+        def prompt(self, text, system=""):
+            return [system, text]
+
+    class Plain(Chat):
+        form = "plain"
     task = Countdown(3, 0.1)
     p = Problem("3,5,7=38:", "")
-    assert Env(task).text(p) == p.prompt and Env(task, Chat()).text(p).startswith("Using the numbers")
+    assert decode(Env(task).tokens(p)) == p.prompt == Env(task, Plain()).tokens(p)[1]
+    assert Env(task, Chat()).tokens(p)[1].startswith("Using the numbers")
+    task.system = "Be brief."
+    assert Env(task, Chat()).tokens(p)[0] == "Be brief."
 
 
 # --- prepare
@@ -366,7 +458,8 @@ def test_prepare_checks_what_it_fetches(tmp_path, monkeypatch, capsys):
         address = f"http://127.0.0.1:{server.server_address[1]}/a.jsonl"
         monkeypatch.setitem(prepare.SETS, "gsm8k", [("gsm8k-train.jsonl", address, 2, ("question", "answer"))])
         good = '{"question": "q", "answer": "#### 1"}\n'
-        for content, words in ((None, "404"), (good, "1 problems, 2 were expected"), (good + "{\n", "line 2 is not JSON"),
+        for content, words in ((None, "404"), (good, "1 problems, 2 were expected"),
+                               (good + "{\n", "line 2 is not JSON"),
                                (good + '{"question": ""}\n', 'line 2 has no "question"')):
             if content is not None:
                 (served / "a.jsonl").write_text(content)
@@ -375,13 +468,15 @@ def test_prepare_checks_what_it_fetches(tmp_path, monkeypatch, capsys):
         (served / "a.jsonl").write_text(good * 2)
         assert prepare.main(["gsm8k", "--out", str(tmp_path / "out")]) == 0
         assert len(make_task("gsm8k").load(str(tmp_path / "out" / "gsm8k-train.jsonl"))) == 2
-        assert prepare.main(["gsm8k", "--out", str(tmp_path / "out")]) == 0 and "there already" in capsys.readouterr().out
+        assert prepare.main(["gsm8k", "--out", str(tmp_path / "out")]) == 0
+        assert "there already" in capsys.readouterr().out
 
         pyarrow = pytest.importorskip("pyarrow")                           # math-sanity is published as an Arrow file
         address = address.replace("a.jsonl", "b.arrow")
         monkeypatch.setitem(prepare.SETS, "math-sanity", [("math-sanity.jsonl", address, 2, ("problem", "answer"))])
         (served / "b.arrow").write_text("version https://git-lfs.github.com/spec/v1\n")
-        assert prepare.main(["math-sanity", "--out", str(tmp_path / "out")]) == 1 and "no Arrow file" in capsys.readouterr().err
+        assert prepare.main(["math-sanity", "--out", str(tmp_path / "out")]) == 1
+        assert "no Arrow file" in capsys.readouterr().err
         table = pyarrow.table(dict(problem=["p", "é"], answer=["1", r"\frac{1}{2}"], level=[1, 2]))
         with pyarrow.OSFile(str(served / "b.arrow"), "wb") as f, pyarrow.ipc.new_stream(f, table.schema) as writer:
             writer.write_table(table)

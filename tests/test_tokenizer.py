@@ -1,4 +1,4 @@
-"""The tokenizer of a model's folder against the library that wrote it: the same ids for texts made to tell the two apart.
+"""The tokenizer of a model's folder against the library that wrote it: the same ids for texts made to tell them apart.
 
 Every tokenizer here is trained on the spot and laid out as a family's tokenizer.json is. `tokenizers` is the oracle.
 """
@@ -18,7 +18,8 @@ from precision import InputError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+         r"|\s+(?!\S)|\s+")
 QWEN, LLAMA = WORDS % "", WORDS % "{1,3}"
 CODE = [(ROOT / name).read_text("utf-8") for name in ("train_rl.py", "precision.py", "sample.py", "README.md")]
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -27,12 +28,12 @@ SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}
 
 
 def late_marks():
-    """Characters whose NFC is another in Python's Unicode than in the library's: combining marks it does not know as such."""
+    """Characters whose NFC is another in Python's Unicode than in the library's: combining marks it does not know."""
     library, late = normalizers.NFC().normalize_str, set()
     for c in map(chr, range(0x110000)):
         if unicodedata.combining(c) or unicodedata.decomposition(c):
             parts = unicodedata.normalize("NFD", c)
-            for text in (c, parts, f"a\u0345{c}\u0334"):                        # classes 240 and 1: c is sorted among them
+            for text in (c, parts, f"a\u0345{c}\u0334"):                  # classes 240 and 1: c is sorted among them
                 if library(text) != unicodedata.normalize("NFC", text):
                     late |= {c, *(parts if text == parts else "")}
     return late
@@ -41,8 +42,10 @@ def late_marks():
 LATE = late_marks()
 WHOLE = [" qzkxvj", "zzqkxw"]                                                   # tokens of `llama` that no merge makes
 SPACES = [c for c in map(chr, range(0x3001)) if c.isspace()] + ["\r\n", "\n\n", "  ", "\u180e", "\u200b", "\ufeff"]
-EMOJI = ["👩\u200d👩\u200d👧\u200d👦", "👍🏽", "🇩🇪", "❤\ufe0f\u200d🔥", "🏴\U000e0067\U000e0062\U000e007f", "1\ufe0f\u20e3"]
-WRITING = [(0x20, 0x7e), (0xa0, 0x24f), (0x370, 0x52f), (0x590, 0x6ff), (0x900, 0xdff), (0xe00, 0xeff), (0x1100, 0x11ff),
+EMOJI = ["👩\u200d👩\u200d👧\u200d👦", "👍🏽", "🇩🇪", "❤\ufe0f\u200d🔥", "🏴\U000e0067\U000e0062\U000e007f",
+         "1\ufe0f\u20e3"]
+WRITING = [(0x20, 0x7e), (0xa0, 0x24f), (0x370, 0x52f), (0x590, 0x6ff), (0x900, 0xdff), (0xe00, 0xeff),
+           (0x1100, 0x11ff),
            (0x1e00, 0x2fff), (0x3000, 0x30ff), (0x4e00, 0x9fff), (0xac00, 0xd7a3), (0xf900, 0xffff), (0x10000, 0x11fff),
            (0x1d400, 0x1d7ff), (0x1f300, 0x1faff), (0x20000, 0x2ffff), (0xe0000, 0x10ffff)]
 
@@ -70,16 +73,18 @@ def piece(rng, added):
         at = rng.randrange(len(source))
         return source[at:at + rng.randint(1, 60)]
     if kind == 6:
-        return rng.choice(["{}", "-{}", "{}.5", " {}", "٣{}", "½{}", "Ⅷ{}"]).format(str(rng.randrange(10 ** rng.randint(1, 30))))
+        form = rng.choice(["{}", "-{}", "{}.5", " {}", "٣{}", "½{}", "Ⅷ{}"])
+        return form.format(str(rng.randrange(10 ** rng.randint(1, 30))))
     if kind == 7:
         tail = rng.choice(["s", "S", "\u017f", "t", "T", "re", "RE", "rE", "ve", "M", "ll", "lL", "d", "D", "x", "tt"])
         return rng.choice(["it", "WE", " I", "é", "ſ", "1", ""]) + rng.choice("'''’`") + tail
-    if kind == 8 and added:                                                     # whole, cut, doubled, run into each other
+    if kind == 8 and added:                                               # whole, cut, doubled, run into each other
         a, b = rng.choice(added), rng.choice(added)
         part = a[:rng.randint(1, len(a))]
         return rng.choice([a, a + b, a[:-1] + b, part, a + "\u0338", " " + a + " ", a[0] + a, a + b[1:], a * 3])
     if kind == 9:
-        return "".join(chr(rng.choice([*range(32), *range(127, 160), 0xad, 0x200d, 0x200e, 0x2060, 0xfffd])) for _ in range(3))
+        controls = [*range(32), *range(127, 160), 0xad, 0x200d, 0x200e, 0x2060, 0xfffd]
+        return "".join(chr(rng.choice(controls)) for _ in range(3))
     if kind == 10:
         return rng.randbytes(rng.randint(1, 12)).decode("latin-1")
     return rng.randbytes(rng.randint(1, 16)).decode("utf-8", "replace")
@@ -102,7 +107,8 @@ def trained(pattern, special=(), size=2000):
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = split_by(pattern)
     tok.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=list(special), initial_alphabet=ALPHABET, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=list(special), initial_alphabet=ALPHABET,
+                                  show_progress=False)
     tok.train_from_iterator([*CODE, *(" ".join(rng.choices(words, k=400)) for _ in range(40))], trainer)
     return tok.to_str()
 
@@ -113,7 +119,8 @@ def split_by(pattern):
 
 
 def token(text, i, special=True, normalized=False):
-    return dict(id=i, content=text, single_word=False, lstrip=False, rstrip=False, normalized=normalized, special=special)
+    return dict(id=i, content=text, single_word=False, lstrip=False, rstrip=False, normalized=normalized,
+                special=special)
 
 
 def layout(vocab, merges, special=(), other=(), normalizer=None, pattern=None, post=None, **model):
@@ -125,8 +132,8 @@ def layout(vocab, merges, special=(), other=(), normalizer=None, pattern=None, p
         version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=normalizer,
         pre_tokenizer=dict(type="Sequence", pretokenizers=[cut, plain]) if pattern else plain, post_processor=post,
         decoder=dict(type="ByteLevel", add_prefix_space=True, trim_offsets=True, use_regex=True),
-        model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False,
-                   byte_fallback=False, ignore_merges=False, vocab=vocab, merges=merges) | model)
+        model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix="", end_of_word_suffix="",
+                   fuse_unk=False, byte_fallback=False, ignore_merges=False, vocab=vocab, merges=merges) | model)
 
 
 def before(text, i):
@@ -140,7 +147,8 @@ def before(text, i):
 BYTE_LEVEL = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
 NFC = dict(type="NFC")
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|vision_pad|>"]
-LLAMA3 = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|python_tag|>"]
+LLAMA3 = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+          "<|python_tag|>"]
 R1 = ["<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜begin▁of▁sentence｜>", "<|EOT|>"]
 TOOLS = ["<tool_call>", "</tool_call>", "<|fim_prefix|>"]
 
@@ -281,7 +289,8 @@ def test_only_the_stop_token_at_the_end_is_left_out(tmp_path):
     ours = load(tmp_path, "qwen", config=dict(eos_token_id=[2002, 2000]))
     tokens = ours.encode("<|im_end|>x<|im_start|><|im_end|><|im_end|>")
     assert ours.decode(tokens) == "<|im_end|>x<|im_start|><|im_end|>"
-    assert ours.decode(tokens[:2] + [2000]) == "<|im_end|>x" and ours.decode(iter(tokens[:3])) == "<|im_end|>x<|im_start|>"
+    assert ours.decode(tokens[:2] + [2000]) == "<|im_end|>x"
+    assert ours.decode(iter(tokens[:3])) == "<|im_end|>x<|im_start|>"
     assert ours.decode([]) == ""
 
 
@@ -296,7 +305,7 @@ def test_surrogates_and_endless_spaces():
 
 
 def wild(rng):
-    """A vocabulary that no training made: merges in any order, pairs listed twice or not at all, ids and words by chance."""
+    """A vocabulary that no training made: merges in any order, pairs twice or not at all, ids and words by chance."""
     merges, known = [], list("abc")
     for _ in range(rng.randint(1, 9)):
         a, b = rng.choice(known), rng.choice(known)
@@ -316,7 +325,7 @@ def wild(rng):
 
 
 def test_any_vocabulary_is_read_exactly_or_refused():
-    """Every word of up to 6 letters of 3, with vocabularies that tiktoken's rule suits and with such that it does not."""
+    """Every word of up to 6 letters of 3, with vocabularies that tiktoken's rule suits and with others."""
     rng, read = random.Random(1), 0
     words = ["".join(w) for n in range(7) for w in itertools.product("abc", repeat=n)]
     for _ in range(200):
@@ -431,7 +440,8 @@ def test_what_ends_an_answer(tmp_path):
     for configs, stop in [
         (dict(generation_config=dict(eos_token_id=[2002, 2000]), config=dict(eos_token_id=0)), (2002, 2000)),
         (dict(generation_config={}, config=dict(eos_token_id=0), tokenizer_config=dict(eos_token="<|im_end|>")), (0,)),
-        (dict(generation_config=dict(eos_token_id=None), config={}, tokenizer_config=dict(eos_token="<|im_end|>")), (2002,)),
+        (dict(generation_config=dict(eos_token_id=None), config={}, tokenizer_config=dict(eos_token="<|im_end|>")),
+         (2002,)),
         (dict(generation_config={}, config={}, tokenizer_config=dict(eos_token=dict(content="<|im_start|>"))), (2001,)),
     ]:
         assert load_tokenizer(write(tmp_path, spec, **configs)).stop == stop
@@ -439,7 +449,8 @@ def test_what_ends_an_answer(tmp_path):
 
 def test_padding_never_ends_an_answer(tmp_path):
     a = pair("qwen")[0].encode("a")[0]
-    for pad, stop, want in [("<|endoftext|>", 7, 2000), ("<|endoftext|>", [2000, 0], 1), (None, 7, 0), ("no token", 7, 0),
+    for pad, stop, want in [("<|endoftext|>", 7, 2000), ("<|endoftext|>", [2000, 0], 1), (None, 7, 0),
+                            ("no token", 7, 0),
                             (dict(content="a"), [0, 1], a)]:
         ours = load(tmp_path, "qwen", config=dict(eos_token_id=stop), tokenizer_config=dict(pad_token=pad))
         assert ours.pad == want and ours.pad not in ours.stop
@@ -451,8 +462,8 @@ def test_a_folder_as_transformers_saves_it(tmp_path):
     write(tmp_path / "in", qwen())
     fast = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "in" / "tokenizer.json"), eos_token="<|im_end|>",
                                    pad_token="<|endoftext|>")
-    fast.chat_template = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
-                          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    fast.chat_template = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' "
+                          "}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
     fast.save_pretrained(tmp_path / "out")
     ours, theirs = load_tokenizer(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
     assert (ours.form, ours.stop, ours.pad) == ("chatml", (theirs.eos_token_id,), theirs.pad_token_id)
@@ -460,7 +471,8 @@ def test_a_folder_as_transformers_saves_it(tmp_path):
         assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"], text
     for text in texts("chat", 50, ()):
         chat = [dict(role="system", content=SYSTEM), dict(role="user", content=text)]
-        assert ours.prompt(text, SYSTEM) == theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False), text
+        want = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        assert ours.prompt(text, SYSTEM) == want, text
 
 
 # --- refusals
@@ -495,8 +507,8 @@ def spelled_alike(spec):
 
 
 CUT = "pre_tokenizer.pretokenizers"
-SYNTAX = [r"^\p{L}+", r"\p{L}+$", r"\w+", r"a.b", "(?i:ss)", "(?m:a)", "(a)", "[a&&b]", "[[:alpha:]]", "(?<=a)b", r"\p{Han}",
-          "x{1}+", r"\p{L}*", r"\s*(?!\S)", "a|", ""]
+SYNTAX = [r"^\p{L}+", r"\p{L}+$", r"\w+", r"a.b", "(?i:ss)", "(?m:a)", "(a)", "[a&&b]", "[[:alpha:]]", "(?<=a)b",
+          r"\p{Han}", "x{1}+", r"\p{L}*", r"\s*(?!\S)", "a|", ""]
 REFUSED = [
     (to("model", dict(type="Unigram", vocab=[])), "a Unigram tokenizer, only byte-level BPE is supported"),
     (to("model.type", "WordPiece"), "a WordPiece tokenizer, only byte-level BPE is supported"),
@@ -551,7 +563,8 @@ def test_what_cannot_be_read_exactly_is_refused_by_reason(change, reason, tmp_pa
     change(spec)
     with pytest.raises(InputError) as e:
         load_tokenizer(write(tmp_path, spec, config=dict(eos_token_id=0)))
-    assert str(e.value).startswith(f"{tmp_path / 'tokenizer.json'}: ") and reason in str(e.value) and "\n" not in str(e.value)
+    assert str(e.value).startswith(f"{tmp_path / 'tokenizer.json'}: ")
+    assert reason in str(e.value) and "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("name, content, reason", [
