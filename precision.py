@@ -181,17 +181,17 @@ class Numerics:
         """The rounded copy of master weight `p`, in `dtype`, without a gradient."""
         return self._rounded[p]
 
-    def gain(self, p):
-        """The rounded copy of a small master. p + (r - p) is exactly r, and passes the gradient on
-        to p in FP32: a straight-through estimator (Bengio et al. 2013)."""
-        r = self.weight(p)
+    def gain(self, p, r=None):
+        """r, the rounded copy of numbers p of a master, in FP32. p + (r - p) is exactly r, and gives
+        the gradient to p in FP32: a straight-through estimator (Bengio et al. 2013)."""
+        r = self.weight(p) if r is None else r
         return p + (r - p).detach() if torch.is_grad_enabled() else r.float()
 
     # -- operators. x is (..., C) in `dtype`, weights are FP32 masters
 
     def embed(self, tokens, w):
         """tokens (B, T) int64, w (V, C) -> (B, T, C): the rows of the rounded table."""
-        return self.down(F.embedding(tokens, w))
+        return self.down(self.gain(F.embedding(tokens, w), F.embedding(tokens, self.weight(w))))
 
     def linear(self, x, w, b=None):
         """x (..., I), w (O, I), b (O) or None -> x wᵀ + b, (..., O)."""

@@ -44,8 +44,7 @@ from run.lines import Notes, say, step_line
 from run.meter import Meter
 from sample import Rollout, Sampler
 
-# RL gradients are small: an eps of 1e-8 would damp them
-ADAM = dict(betas=(0.9, 0.95), eps=1e-15, weight_decay=0.0)   
+ADAM = dict(betas=(0.9, 0.95), eps=1e-15, weight_decay=0.0)     # 1e-8 damps small gradients
 GRAD_CLIP = 1.0                         # largest norm of the whole gradient
 WARMUP = 6                            # updates of linear rise: Adam's first move every weight by lr
 

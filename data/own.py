@@ -53,7 +53,17 @@ def told(error, file):
     """An error of the user's file in one line, with the last line of the file that it came
     through."""
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
-    return f"{file}{f' line {lines[-1]}' if lines else ''}: {type(error).__name__}: {error}"
+    where = f"{file} line {lines[-1]}" if lines else file
+    return f"{where}: {type(error).__name__}: {one_line(error)}"
+
+
+def one_line(x):
+    return " ".join(f"{x}".split())[:200]
+
+
+def every(rows):
+    """The rows of a list or a generator as a list; what is neither as it is."""
+    return list(rows) if hasattr(rows, "__iter__") else rows
 
 
 class Own(Task):
@@ -65,9 +75,9 @@ class Own(Task):
         self.loads = callable(space.get("load"))
         self.system = str(space.get("system", ""))
 
-    def call(self, name, *args):
+    def call(self, name, *args, then=lambda x: x):
         try:
-            return self.functions[name](*args)
+            return then(self.functions[name](*args))
         except Exception as e:
             raise input_error(told(e, self.file)) from None
 
@@ -76,17 +86,16 @@ class Own(Task):
             return row
         if not (isinstance(row, (tuple, list)) and len(row) == 2 and all(isinstance(x, str) for x in row)
                 and row[0].strip()):
-            raise input_error(f"{self.file}: {name} gave {row!r:.200}, not a pair of texts (question, answer)")
+            raise input_error(f"{self.file}: {name} gave {one_line(repr(row))}, not a pair of texts (question, answer)")
         return Problem(str(row[0]), str(row[1]))
 
     def load(self, path=""):
         if not callable(self.functions.get("load")):
             return super().load(path)
-        rows = self.call("load", path)
-        try:
-            problems = [self.pair(row, "load") for row in rows]
-        except TypeError:
-            raise input_error(f"{self.file}: load gave {rows!r:.200}, not a list of pairs") from None
+        rows = self.call("load", path, then=every)
+        if not isinstance(rows, list):
+            raise input_error(f"{self.file}: load gave {one_line(repr(rows))}, not a list of pairs")
+        problems = [self.pair(row, "load") for row in rows]
         if not problems:
             raise input_error(f"{self.file}: load gave no problems")
         return problems
@@ -96,7 +105,7 @@ class Own(Task):
             return question
         text = self.call("prompt", question)
         if not isinstance(text, str) or not text:
-            raise input_error(f"{self.file}: prompt gave {text!r:.200}, not a text")
+            raise input_error(f"{self.file}: prompt gave {one_line(repr(text))}, not a text")
         return text
 
     def problem(self, rng):
@@ -105,7 +114,7 @@ class Own(Task):
     def demonstrate(self, problem, rng):
         text = self.call("demonstrate", problem, rng)
         if not isinstance(text, str):
-            raise input_error(f"{self.file}: demonstrate gave {text!r:.200}, not a text")
+            raise input_error(f"{self.file}: demonstrate gave {one_line(repr(text))}, not a text")
         return text
 
     def measure(self):
@@ -116,8 +125,11 @@ class Own(Task):
             problem = self.problem(rng)
             prompts.append(len(problem.prompt.encode()))
             answers += [len(self.demonstrate(problem, rng).encode()) + 1, len(problem.answer.encode()) + 1]
-        self.prompt_length = int(self.functions.get("prompt_length", SLACK * max(prompts)))
-        self.answer_length = int(self.functions.get("answer_length", SLACK * max(answers)))
+        for name, longest in (("prompt_length", max(prompts)), ("answer_length", max(answers))):
+            length = self.functions.get(name, int(SLACK * longest))
+            if type(length) is not int or length < 1:
+                raise input_error(f"{self.file}: {name} is {one_line(repr(length))}, not a number of tokens")
+            setattr(self, name, length)
         return self
 
     def reward(self, problem, text):

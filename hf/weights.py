@@ -96,7 +96,7 @@ def read_config(folder, context=None):
                        dense_layers=tuple(sorted(dense)))
         if context is not None and context > longest:
             raise InputError(f"{context} tokens of prompt and answer are more than the {longest} that {folder} was made for: "
-                             "lower --max-answer or --max-prompt")
+                             "lower --max-answer, or leave out the longest problems")
         keys = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
         for name in ("vocab_size", "hidden_size", "intermediate_size"):
             if type(c[name]) is not int or c[name] < 1:

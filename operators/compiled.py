@@ -34,7 +34,7 @@ SOURCE = pathlib.Path(__file__).with_name("block.c")
 # The code that block.c was written after: file -> `fingerprint` of it. When you change one of these
 # files and bring block.c along, bring its number along: `python -m operators.compiled` prints them.
 WRITTEN_AFTER = {
-    "precision.py": "c4f74f4481b43dd5",
+    "precision.py": "24e03f4291a4db21",
     "model.py": "cdf71b59a94ff04c",
     "operators/exact.py": "774a4128f19ee264",
 }
@@ -76,18 +76,18 @@ def library(cache):
     per source, compiler, flags and processor. It takes some seconds the first time."""
     if os.environ.get("TENBIT_FAST") == "0":
         return None, "switched off by TENBIT_FAST=0"
-    compiler = shlex.split(os.environ.get("CC", ""))
-    compiler = compiler or [c for c in map(shutil.which, ("cc", "gcc", "clang")) if c][:1]
-    if not compiler:
-        return None, "no C compiler found"
     try:
+        compiler = shlex.split(os.environ.get("CC", ""))
+        compiler = compiler or [c for c in map(shutil.which, ("cc", "gcc", "clang")) if c][:1]
+        if not compiler:
+            return None, "no C compiler found"
         asked = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=30)
         path = pathlib.Path(cache) / f"block-{key_of(compiler, asked.stdout)}.so"
         seal = path.with_suffix(".sha256")               # a truncated library would end the process
-        if not (path.exists() and seal.exists() and seal.read_text() == digest(path)):
+        if not (path.exists() and seal.exists() and seal.read_bytes() == digest(path).encode()):
             compile_c(compiler, path, seal)
         lib = ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as e:
+    except (OSError, ValueError, subprocess.SubprocessError) as e:      # ValueError: CC cannot be split
         return None, str(e).splitlines()[0]
     for kind, name, parameters in re.findall(r"^(void|long) (\w+)\(([^)]*)\)", SOURCE.read_text(), re.M):
         f = getattr(lib, name)

@@ -94,7 +94,7 @@ def identity(cfg):
 
 def code(cfg, *more):
     """A hash of the code that shapes what a policy does: its operators, its model, its task."""
-    own = (fingerprint(cfg.task),) if cfg.task.endswith(".py") else ()
+    own = (fingerprint(pathlib.Path(cfg.task).resolve()),) if cfg.task.endswith(".py") else ()
     return fingerprints("precision.py", "model.py", "operators/*.py", "data/*.py", *more), *own
 
 

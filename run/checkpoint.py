@@ -22,13 +22,14 @@ def save_checkpoint(path, model, only_trained=False, **rest):
     """Write model (only_trained: without its frozen weights) and `rest` (tensors, dicts, lists,
     numbers, strings) to `path` so that `path` is at every moment either the complete old file or
     the complete new one: write beside it, flush to the disk, rename."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path, partial = pathlib.Path(path), None
     weights = {n: p.detach() for n, p in model.state_dict(keep_vars=True).items()
                if p.requires_grad or not only_trained}
-    state = dict(tenbit=FORMAT_VERSION, gpt=dataclasses.asdict(model.cfg), lora=model.lora, model=weights, **rest)
-    handle, partial = tempfile.mkstemp(".partial", path.name + ".", path.parent)  # two runs, two names
+    state = dict(tenbit=FORMAT_VERSION, gpt=dataclasses.asdict(model.cfg), lora=model.lora,
+                 model=weights, **rest)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(".partial", path.name + ".", path.parent)    # two runs, two names
         with open(handle, "wb") as f:
             torch.save(state, f)
             f.flush()
@@ -36,7 +37,8 @@ def save_checkpoint(path, model, only_trained=False, **rest):
         os.chmod(partial, 0o666 & ~UMASK)
         os.replace(partial, path)
     except (OSError, RuntimeError) as e:
-        pathlib.Path(partial).unlink(missing_ok=True)
+        if partial:
+            pathlib.Path(partial).unlink(missing_ok=True)
         cause = e if isinstance(e, OSError) else e.__context__  # torch tells a failed write in its own words
         if not isinstance(cause, OSError):
             raise

@@ -28,7 +28,7 @@ def saved_per_token(gpt, element, lanes=0, lora=0, exact=False):
     C, F, H, KV, D = gpt.width, gpt.mlp_width, gpt.n_heads, gpt.n_kv_heads, gpt.head_dim
     heads, wide = (H + 2 * KV) * D, element if exact else 4
     if lanes and D % (lanes // 2) == 0 and not gpt.qk_norm and not lora and not gpt.n_experts:
-        return 4 * (2 * C + heads + H * D + 2 * F + 2 * H + 2)      # the rest is made again
+        return compiled_layer(gpt)
     gained = 4 if element == 4 and not (exact or lora) else 0       # a CPU's norm: before its gain
     n = 2 * C * (wide + gained + element) + 8                       # two norms: in, out, and a scale
     n += (heads + (H + KV) * D) * element                    # the product; queries and keys, turned
@@ -42,6 +42,12 @@ def saved_per_token(gpt, element, lanes=0, lora=0, exact=False):
     if gpt.n_experts:
         n += K * C * (element + 4) + 16 * gpt.n_experts             # what each expert takes and gives
     return n
+
+
+def compiled_layer(gpt):
+    """The same of the compiled block, which makes the rest again."""
+    C, F, H, D = gpt.width, gpt.mlp_width, gpt.n_heads, gpt.head_dim
+    return 4 * (2 * C + (H + 2 * gpt.n_kv_heads) * D + H * D + 2 * F + 2 * H + 2)
 
 
 def most_rows(cfg):
@@ -93,8 +99,10 @@ def needs(cfg, device, env):
     step = min(cfg.rollout_rows, cfg.prompts * cfg.group)
     copies = rows + (step if step < rows else 0) if gpu and cfg.fast else 3 * rows // 2
     tokens, bytes_ = largest_batch(cfg) * (length - 1), element[cfg.train_format]
-    layer = saved_per_token(gpt, bytes_, lanes, cfg.lora_rank)
+    layer = saved_per_token(gpt, bytes_, lanes, cfg.lora_rank, cfg.exact)
     layers = gpt.n_layers * (gpt.width * bytes_ if cfg.recompute else layer) + cfg.recompute * layer
+    if not gpu and not (lanes and layer == compiled_layer(gpt)):
+        layers = layers * 8 // 5                            # measured: malloc's heap fragments
     passing = tokens * 4 * bytes_ * max(gpt.mlp_width, gpt.experts_per_token * gpt.expert_width)
     logits = (5 if cfg.exact and not lanes else 4) * min(CHUNK, 4 * gpt.vocab_size * tokens)
     size = "--lora-rank" if cfg.lora_rank or cfg.model else "--n-layers --width"

@@ -22,8 +22,8 @@ TOKENS = torch.randint(0, 67, (5, 20), generator=torch.Generator().manual_seed(3
 # arithmetic, other order of summation: FP32 differs in its last bits, and a 16-bit format now and then rounds the other
 # way. Measured on one CPU with heads of 12, the largest of the three ways to cut: fp32 1.5e-6, tf32 and fp16 2.8e-4,
 # bf16 and e5m5 0 (nothing happened to flip). Heads of 32, which the compiled block takes, have 2.7 times as many
-# numbers that may flip: fp32 2.0e-6, tf32 and fp16 1.4e-3. How many roundings flip differs between processors, so the bounds
-# leave room; a wrong position, mask or cast gives 0.1 and more.
+# numbers that may flip: fp32 2.0e-6, tf32 and fp16 1.4e-3. How many roundings flip differs between processors, so the
+# bounds leave room; a wrong position, mask or cast gives 0.1 and more.
 BOUND = {"fp32": 1e-5, "tf32": 1e-3, "fp16": 1e-3, "bf16": 8e-3, "e5m5": 3e-2}
 HEADS = {12: BOUND, 32: {f: b if f == "fp32" else 3 * b for f, b in BOUND.items()}}
 

@@ -301,9 +301,9 @@ def test_logprob_and_entropy_have_the_gradients_of_fp64_autograd(fmt, chunk, dev
     h[rows[0]] *= 30                                       # so sharp that most probabilities are 0 in FP32
     h, rows = num.round(h.to(device)), rows.to(device)
     targets = torch.randint(0, 211, (37,), generator=g).to(device)
-    a, b = torch.randn(2, 37, generator=g).to(device)
+    c, d = torch.randn(2, 37, generator=g).to(device)
     bound = 1e-5 if fmt == "fp32" else 2 * num.fmt.eps
-    for a, b in ((a, b), (a, 0 * b), (0 * a, b), (a, None), (None, b)):
+    for a, b in ((c, d), (c, 0 * d), (0 * c, d), (c, None), (None, d)):
         got = h.clone().requires_grad_(), w
         want = [t.detach().double().requires_grad_() for t in (h, num.weight(w))]
         w.grad = None
@@ -311,7 +311,7 @@ def test_logprob_and_entropy_have_the_gradients_of_fp64_autograd(fmt, chunk, dev
         lp = (want[0][rows] @ want[1].T / 0.7).log_softmax(-1)
         logp64, entropy64 = lp.gather(1, targets[:, None])[:, 0], -(lp.exp() * lp).sum(-1)
         for x, y in ((logp, entropy), (logp64, entropy64)):
-            sum((c * t).sum() for c, t in ((a, x), (b, y)) if c is not None).backward()
+            sum((k * t).sum() for k, t in ((a, x), (b, y)) if k is not None).backward()
         assert torch.allclose(entropy.double(), entropy64, atol=1e-4)
         for x, y in zip(got, want):
             assert y.grad.norm() > 1 and (x.grad.double() - y.grad).norm() <= bound * y.grad.norm()
