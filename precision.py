@@ -182,7 +182,7 @@ class Numerics:
         return self._rounded[p]
 
     def gain(self, p, r=None):
-        """r, the rounded copy of numbers p of a master, in FP32. p + (r - p) is exactly r, and gives
+        """r, the rounded copy of a master's numbers p, in FP32. p + (r - p) is exactly r, and gives
         the gradient to p in FP32: a straight-through estimator (Bengio et al. 2013)."""
         r = self.weight(p) if r is None else r
         return p + (r - p).detach() if torch.is_grad_enabled() else r.float()

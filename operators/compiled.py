@@ -47,7 +47,8 @@ def why_plain():
     """Why the compiled code may not stand for the plain one, in words; or nothing."""
     for cls in (Numerics, ExactNumerics, model.Block, model.GPT, model.KVCache):
         for name, f in vars(cls).items():                       # replaced while the program runs
-            if callable(f) and getattr(f, "__module__", "") != cls.__module__:
+            own = cls.__module__, f"{cls.__name__}.{name}"
+            if callable(f) and (f.__module__, getattr(f, "__qualname__", "")) != own:
                 return f"{cls.__name__}.{name} was replaced"
     try:
         changed = [file for file, known in WRITTEN_AFTER.items() if fingerprint(file) != known]

@@ -299,7 +299,7 @@ def test_the_self_test_changes_nothing(small, monkeypatch, tmp_path):
         return [{k: v for k, v in r.items() if not k.startswith(("t_", "tokens_per"))} for r in rows if "step" in r]
     _, tested = small()
     called = []
-    monkeypatch.setattr(train_rl, "check_exactness", lambda *_: called.append(1))
+    monkeypatch.setattr(train_rl.checks, "self_test", lambda *_: called.append(1))
     (tmp_path / "run").rename(tmp_path / "tested")
     _, untested = small()
     assert numbers(tested) == numbers(untested) and len(numbers(tested)) == 3 and called

@@ -140,8 +140,8 @@ def test_same_tokens_as_the_slow_way(prompts, temperature, device):
 
 
 # Mean |log mu - log pi| over the sampled tokens. Measured on one CPU, the larger of the two temperatures, with the
-# plain and with the compiled operators: fp32 1.5e-6, 1.2e-6; fp16 4.2e-4, 4.5e-4; bf16 and e5m7 5.2e-4, 1.2e-3. The largest
-# single gaps: 1.8e-5, 1.2e-2 and 7.2e-2. The bounds leave room for other processors.
+# plain and with the compiled operators: fp32 1.5e-6, 1.2e-6; fp16 4.2e-4, 4.5e-4; bf16 and e5m7 5.2e-4, 1.2e-3. The
+# largest single gaps: 1.8e-5, 1.2e-2 and 7.2e-2. The bounds leave room for other processors.
 BOUND = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 5e-3, "e5m7": 5e-3}
 
 
@@ -167,9 +167,9 @@ def test_recorded_logprobs_are_the_teacher_forced_ones(fmt, temperature, device)
 @pytest.mark.parametrize("kind", ["plain"] + ["compiled"] * COMPILED)
 def test_fp16_mismatch_is_several_times_smaller_than_bf16s(kind):
     """16 layers: the KL of BF16's roundings is 9 times that of FP16's with the plain operators (1.9e-4 and 2.1e-5,
-    means of five seeds on one CPU), 23 times with the compiled ones (5.0e-4 and 2.2e-5); 3 is asked for. The KL and not the
-    mean gap: with products in FP32 a rounding goes the other way in few tokens, in BF16 still fewer (a wider spacing
-    has fewer borders) but by 8 times as much, so the means are alike and the squares are not."""
+    means of five seeds on one CPU), 23 times with the compiled ones (5.0e-4 and 2.2e-5); 3 is asked for. The KL and not
+    the mean gap: with products in FP32 a rounding goes the other way in few tokens, in BF16 still fewer (a wider
+    spacing has fewer borders) but by 8 times as much, so the means are alike and the squares are not."""
     kl = {}
     for fmt in ("fp16", "bf16"):
         model, sampler = sampler_of(n_layers=16, width=128, mlp_width=256)
