@@ -31,8 +31,7 @@ from functools import partial
 
 import torch
 
-from algorithms import (ALGORITHMS, Tokens, correct, decoupled, overlong, parse_correction,
-                        policy_loss, truncate)
+from algorithms import ALGORITHMS, Tokens, correct, decoupled, overlong, parse_correction, policy_loss, truncate
 from data.tasks import REAL, SCRATCH
 from operators.device import reproducible
 from precision import InputError, make_scaler

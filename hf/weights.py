@@ -354,7 +354,8 @@ def save_adapter(folder, model, base, replace=False):
                 targets[name], rank = True, adapter.rank
     if not found:
         raise InputError("this model has no LoRA adapters")
-    config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base), r=rank, lora_alpha=Adapter.scale * rank,
+    config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=str(base), r=rank,
+                  lora_alpha=Adapter.scale * rank,
                   target_modules=list(targets), lora_dropout=0.0, bias="none", fan_in_fan_out=False, inference_mode=True,
                   init_lora_weights=True, modules_to_save=None, use_rslora=False, use_dora=False)
     with new_folder(folder, replace) as out:
