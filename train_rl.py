@@ -31,7 +31,7 @@ from functools import partial
 
 import torch
 
-from algorithms import ALGORITHMS, Tokens, correct, decoupled, overlong, parse_correction, policy_loss, truncate
+from algorithms import ALGORITHMS, Tokens, correct, decoupled, overlong, policy_loss
 from data.tasks import REAL, SCRATCH
 from operators.device import reproducible
 from precision import InputError, make_scaler
@@ -252,7 +252,7 @@ def denominator(model, batch, rows, cfg, room):
     """What the loss over the answers `rows` is divided by, known before the backward pass. What a
     correction rejects is not counted, and what it rejects depends on pi or pi_old."""
     mask = batch.rollout.is_answer[rows]
-    if parse_correction(cfg.correction)[1] is not truncate:
+    if checks.rejects(cfg.correction):
         known = batch.logp_old if decoupled(cfg) else None
         logp = score(model, batch, cfg, rows) if known is None else known
         _, mask = correct(cfg.correction, (logp - batch.rollout.logp)[rows], mask)

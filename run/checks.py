@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from algorithms import Tokens, policy_loss
+from algorithms import Tokens, parse_correction, policy_loss, truncate
 from model import KVCache
 from precision import InputError
 from run.lines import say
@@ -181,6 +181,11 @@ def check_scale(run, model, scaler, norm, once):
 
 
 @torch.enable_grad()
+def rejects(correction):
+    """Whether it leaves tokens out, and so out of the denominator as well."""
+    return parse_correction(correction)[1] is not truncate
+
+
 def idle(cfg):
     """Whether an answer without advantage has no gradient. The loss itself is asked, on one token."""
     logp, entropy, zero = (torch.zeros(1, 1, requires_grad=True) for _ in range(3))
