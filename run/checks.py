@@ -180,12 +180,12 @@ def check_scale(run, model, scaler, norm, once):
     raise broken(why, first_bad_layer(model, once), run.checkpoint)
 
 
-@torch.enable_grad()
 def rejects(correction):
     """Whether it leaves tokens out, and so out of the denominator as well."""
     return parse_correction(correction)[1] is not truncate
 
 
+@torch.enable_grad()
 def idle(cfg):
     """Whether an answer without advantage has no gradient. The loss itself is asked, on one token."""
     logp, entropy, zero = (torch.zeros(1, 1, requires_grad=True) for _ in range(3))
