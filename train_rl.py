@@ -39,7 +39,7 @@ from run import base, checks, flags, memory, problems, start
 from run.console import run_main
 from run.flags import setting
 from run.folder import Run, interruptible, load_saved, provenance
-from run.lines import Notes, say, step_line
+from run.lines import Notes, all_of, say, step_line
 from run.meter import Meter
 from sample import Rollout, Sampler
 
@@ -64,7 +64,7 @@ class Config:
     seed: int = run_(0, "everything random follows from it", 0, 2 ** 31, **free, **common)
     out: str = run_("", "folder of this run (default: the next out/runN)", **free, **common)
     save_every: int = run_(25, "steps between checkpoints", 1, 10 ** 6, model=50, **both)
-    sample_every: int = run_(10, "steps between samples", 1, 10 ** 6, model=1, **both)
+    verbose: bool = run_(False, "print every metric of every step", **both)
 
     task: str = task_("addition", f"what to learn: {', '.join(SCRATCH)}, yours.py; with --model "
                       f"also {', '.join(REAL)}", **common)
@@ -392,10 +392,11 @@ def train(cfg, given, run, saved=None):
             history.append(meter.row(step, state, model, scaler, lr, shaped, t1 - t0))
             run.log(history[-1])
             to_go = (time.time() - begun) / (step - first) * (cfg.steps - step)
-            say(step_line(history[-1], cfg, to_go))
+            say(step_line(history[-1], cfg.steps, to_go))
+            if cfg.verbose:
+                say(all_of(history[-1]))
             notes.say(history)
-            if step % cfg.sample_every == 0 or step == 1:
-                run.log_samples(step, batch, env)
+            run.log_samples(step, batch, env)
             if step % cfg.save_every == 0 or step == cfg.steps or stop:
                 save(state)
             if stop and step < cfg.steps:

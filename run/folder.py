@@ -96,13 +96,14 @@ class Run:
         return [row for row in rows if "step" in row]
 
     def log_samples(self, step, batch, env):
-        """Answers to read, of the first three problems."""
-        texts, group = batch.rollout.texts(env.tokenizer), batch.rewards.shape[1]
-        for i in range(0, min(3, len(batch.problems)) * group, max(1, group // 2)):
+        """Two answers to each of the step's first three problems, to read."""
+        group = batch.rewards.shape[1]
+        some = [i * group + j for i in range(min(3, len(batch.problems))) for j in (0, 1)]
+        answers = batch.rollout.rows(torch.tensor(some, device=batch.rewards.device))
+        for i, text, stopped in zip(some, answers.texts(env.tokenizer), answers.stopped.tolist()):
             problem = batch.problems[i // group]
-            self.log(dict(step=step, prompt=problem.prompt, text=texts[i], right_answer=problem.answer,
-                          reward=batch.rewards.flatten()[i].item(), stopped=bool(batch.rollout.stopped[i])),
-                     self.samples)
+            self.log(dict(step=step, prompt=problem.prompt, text=text, right_answer=problem.answer,
+                          reward=batch.rewards.flatten()[i].item(), stopped=stopped), self.samples)
 
     def save(self, state, cfg, model, optimizer, scaler, reference, **more):
         """Everything that the next step depends on, in one file."""

@@ -1,5 +1,7 @@
 """run/lines.py: what a run prints. Its banner, a line a step, notes on what is off, the verdict."""
 import math
+import re
+import textwrap
 
 import numpy as np
 import torch
@@ -14,51 +16,75 @@ def clock(seconds):
 
 
 def banner(rollout, train, scaler):
-    """One line: what is computed in which format, and why."""
+    """What is computed in which format, on what, and why: three lines."""
     if train.device.type == "cuda":
         where = torch.cuda.get_device_name(train.device)
     else:
         where = f"CPU, {torch.get_num_threads()} threads, {train.operators} operators"
-    how = "FP32" if not train.emulated else (
-        "FP32 GEMM, result rounded (a CPU's own half GEMM is slow, a GPU has none of this format)")
-    how = "FP32 on tensor cores, 16-bit reductions off" if train.half else how
-    same = "exact, one order of summation on both sides" if train.exact else "same roundings on both sides"
-    same = same if rollout.fmt == train.fmt else "DIFFERENT roundings on the two sides"
+    how = "products in FP32"
+    if train.half:
+        how = "tensor cores, 16-bit reductions off: sums in FP32"
+    elif train.emulated:
+        why = "a CPU's own half products are slow" if train.device.type == "cpu" else "not a format of the GPU"
+        how += f", results rounded ({why})"
+    same = "the same roundings on both sides"
+    if rollout.fmt != train.fmt:
+        same = "DIFFERENT roundings on the two sides"
+    elif train.exact:
+        same = "exact, one order of summation on both sides"
     bits = f"{train.fmt.exp} exponent bits"
     scale = (f"loss scale {scaler.get_scale():.0f} ({bits})" if scaler.is_enabled()
              else f"no loss scale ({bits} reach as far as FP32)")
-    return (f"{where} | rollout {rollout.fmt.name}, train {train.fmt.name}: {same} | accumulate {how} | "
-            f"{scale}")
+    return (f"{where}: {how}\nrollout {rollout.fmt.name}, train {train.fmt.name}: {same}\n{scale}")
 
 
-def step_line(m, cfg, eta):
-    exact = math.floor(1000 * m["exact_share"]) / 1000
-    line = (f"step {m['step']:4}/{cfg.steps} | acc {m['accuracy']:.3f} len {m['length']:5.1f} "
-            f"ent {m['entropy']:.3f} flat {m['frac_zero_std']:4.0%} | gap {m['logp_gap_mean']:.1e} "
-            f"max {m['logp_gap_max']:.1e} kl {m['kl_k3']:.1e} exact {exact:.3f} | ")
-    if cfg.correction != "none":
-        line += f"weight {m['weight_mean']:.3f} kept {m['kept_share']:.3f} | "
-    if cfg.kl_beta:
-        line += f"kl to base {m['kl_reference']:.1e} | "
-    if "route_flips" in m:
-        line += f"flips {m['route_flips']:.2%} load {m['expert_balance']:.2f} | "
-    return line + (f"loss {m['loss']:+.4f} |g| {m['grad_norm']:8.2e} scale {m['loss_scale']:.0f} "
-                   f"lr {m['lr']:.1e} | {m['t_rollout']:.2f}+{m['t_train']:.2f} s "
-                   f"{m['tokens_per_s']:6.0f} tok/s | eta {clock(eta)}")
+def short(x, digits=1):
+    """9.6e-06 -> 9.6e-6"""
+    return "0" if x == 0 else re.sub(r"e([+-])0+", r"e\1", f"{x:.{digits}e}")
+
+
+def step_line(m, steps, eta):
+    """One step in at most 100 columns. The rest of its metrics is in metrics.jsonl."""
+    power, spent = math.log2(m["loss_scale"]), m["t_rollout"] + m["t_train"]
+    scale = f"2^{power:.0f}" if power and power == int(power) else f"{m['loss_scale']:.0f}"
+    left = clock(eta) if eta < 3600 else f"{eta / 60:.0f}m"
+    return (f"step {m['step']:{len(str(steps))}}/{steps}  "
+            f"acc {m['accuracy']:.3f} len {m['length']:3.0f} ent {m['entropy']:.3f}  "
+            f"gap {short(m['logp_gap_mean']):6} kl {short(m['kl_k3'], 0):5}  "
+            f"|g| {m['grad_norm']:<5.2g} scale {scale}  {spent:.{int(spent < 99)}f}s eta {left}")
+
+
+def all_of(m):
+    """Every metric of a step, by its name in metrics.jsonl, for --verbose."""
+    return textwrap.fill("  ".join(f"{k} {v:.3g}" for k, v in m.items()), 100, initial_indent=" " * 4,
+                         subsequent_indent=" " * 4, break_on_hyphens=False)
+
+
+def mean(history, key):
+    return float(np.mean([float(m[key]) for m in history]))
 
 
 def diagnose(history):
-    """What is off, in plain words, from the metrics of the last steps: a list of (topic,
+    """What is off, in plain words, from the metrics of the steps so far: a list of (topic,
     sentence)."""
     last, found = history[-5:], {}
     if len(last) < 5:
         return []
+    accuracy = mean(last, "accuracy")
     if all(m["frac_zero_std"] > 0.8 for m in last):
         found["signal"] = (
-            f"{last[-1]['frac_zero_std']:.0%} of the groups agree on their reward and teach nothing; "
-            + ("nearly everything is solved: done, or time for harder problems (--digits)"
-               if last[-1]["accuracy"] > 0.5 else "nearly nothing is solved: easier problems (--digits), a "
-               "better base (--base-steps) or more answers (--group)"))
+            f"in {last[-1]['frac_zero_std']:.0%} of the groups all answers have the same reward, which teaches "
+            "nothing; " + (
+                "nearly everything is solved: done, or time for harder problems (--digits)" if accuracy > 0.9
+                else "nearly nothing is solved: easier problems (--digits), a better base (--base-steps) or "
+                "more answers (--group)" if accuracy < 0.1
+                else "some problems are always solved and the others never: problems between (--keep 0.2 0.8) "
+                "or more answers (--group)"))
+    best = max(mean(history[i:i + 5], "accuracy") for i in range(len(history) - 4))
+    if accuracy < best - 0.2:
+        found["falls"] = (
+            f"accuracy has fallen from {best:.2f} to {accuracy:.2f} (means of 5 steps). If you changed the "
+            "loss or the advantage, look at the sign first; else try a lower --lr, and look at the gap")
     skipped = last[-1]["skipped_steps"] - last[0]["skipped_steps"]
     if skipped >= 3:
         found["skips"] = (f"the loss scaler skipped {skipped} updates in the last 4 steps: gradients "
@@ -66,13 +92,19 @@ def diagnose(history):
     if all(m["truncated"] > 0.1 for m in last):
         found["truncated"] = (f"{last[-1]['truncated']:.0%} of the answers were cut off before their stop "
                               "token and count as wrong")
+    kl = mean(last, "kl_k3")
     if len(history) >= 30:
-        gap = [m["logp_gap_mean"] for m in history]
-        early, middle, late = np.mean(gap[:10]), np.mean(gap[-20:-10]), np.mean(gap[-10:])
+        early, middle, late = (mean(part, "logp_gap_mean")
+                               for part in (history[:10], history[-20:-10], history[-10:]))
         if late > 3 * early and late > middle > early and late > 1e-3:
             found["mismatch"] = (
                 f"the mismatch rises: mean gap {early:.1e} at first, {late:.1e} now. In the paper this "
                 "comes before a collapse; try --precision fp16 on both sides")
+    if "mismatch" not in found and kl > 1e-3:
+        found["mismatch"] = (
+            f"rollout and training disagree by a KL of {kl:.1e} nats a token, as much as two engines in BF16 do "
+            "in the paper. With one format on both sides this program has 1e-4 or less: if you changed "
+            "something, rollout and training no longer compute the same; else try --precision fp16")
     if last[-1]["ratio_outliers"] > 0.05:
         found["outliers"] = (f"{last[-1]['ratio_outliers']:.1%} of the tokens have pi/mu outside "
                              "[0.9, 1.1] before any update")
@@ -93,13 +125,13 @@ class Notes:
                 say(f"  note: {sentence}")
 
 
-def verdict(cfg, state, accuracy, learned, after, passed, mark):
-    """The last lines of a run."""
+def verdict(cfg, state, first, accuracy, learned, after, passed, mark):
+    """The last lines of a run. first: accuracy of step 1, before any update."""
     if state.before is not None:
-        say(f"held-out problems, pass@1 over {cfg.eval_tries} sampled answers each: {state.before:.3f} "
-            f"before, {after:.3f} after")
-    say(f"training accuracy, sampled at temperature {cfg.temperature:g}, {cfg.eval_tries} answers to each of "
-        f"the {len(state.problems)} problems: {accuracy:.3f}")
+        say(f"held-out problems, never trained on, {cfg.eval_tries} sampled answers each: {state.before:.3f} "
+            f"right before, {after:.3f} after")
+    say(f"the {len(state.problems)} training problems, {cfg.eval_tries} sampled answers each, temperature "
+        f"{cfg.temperature:g}: {accuracy:.3f} right")
     if cfg.rollout_format != cfg.train_format:  # the deployment gap: pi has learned, mu is deployed
         say(f"the same answered in {cfg.train_format}, as it was trained: {learned:.3f}")
     if cfg.model:
@@ -109,4 +141,5 @@ def verdict(cfg, state, accuracy, learned, after, passed, mark):
         say("no verdict: changed from the preset: "
             + ", ".join("--" + c.replace("_", "-") for c in state.changed))
     else:
-        say(f"{'PASS' if passed else 'FAIL'}: the sanity test asks for {mark:.3f} or more")
+        say(f"{'PASS' if passed else 'FAIL'}: {cfg.task} of {cfg.digits} digits, {first:.3f} right in step 1, "
+            f"{accuracy:.3f} now; the sanity test asks for {mark:.3f}")

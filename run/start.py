@@ -78,12 +78,11 @@ def finish(cfg, run, state, sampler, env, acting, learning):
     learned = accuracy if acting is learning else score(state.problems, 8, learning)
     after = score(state.heldout, 6, acting) if state.heldout else None
     passed = None if state.changed else accuracy >= PASS
-    verdict(cfg, state, accuracy, learned, after, passed, PASS)
+    verdict(cfg, state, run.history()[0]["accuracy"], accuracy, learned, after, passed, PASS)
     run.log(dict(result=dict(accuracy=accuracy, accuracy_train=learned, heldout_before=state.before,
                              heldout_after=after, kept=len(state.problems), passed=passed,
                              changed=state.changed, seconds=time.time() - STARTED)))
     if cfg.model:
         base.export(cfg, run.path, sampler.model)
-    formats = f"rollout {cfg.rollout_format}, train {cfg.train_format}"
-    say(draw(run.path, run.history(), formats))
+    say(draw(run.path, PASS))
     return 1 if passed is False else 0

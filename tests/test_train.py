@@ -18,7 +18,7 @@ from run.base import gpt_config, load_task
 from run.checks import first_bad_layer
 from run.flags import PAPER
 from run.folder import State
-from run.lines import diagnose
+from run.lines import all_of, diagnose, step_line
 from run.meter import Meter
 from run.problems import problems_of_step
 from sample import Rollout, Sampler
@@ -454,7 +454,7 @@ def test_the_first_bad_layer_is_named():
 
 def metrics(**kw):
     return {**dict(frac_zero_std=0.1, accuracy=0.5, skipped_steps=0, truncated=0.0, logp_gap_mean=1e-4,
-                   ratio_outliers=0.0), **kw}
+                   kl_k3=1e-8, ratio_outliers=0.0), **kw}
 
 
 def test_diagnosis():
@@ -469,6 +469,24 @@ def test_diagnosis():
     assert topics([metrics(logp_gap_mean=1e-3 * 1.1 ** i) for i in range(40)]) == {"mismatch"}
     assert "easier problems" in diagnose([metrics(frac_zero_std=0.9, accuracy=0.0)] * 5)[0][1]
     assert "nearly everything is solved" in diagnose([metrics(frac_zero_std=0.9, accuracy=0.99)] * 5)[0][1]
+    assert "some problems are always solved" in diagnose([metrics(frac_zero_std=0.9, accuracy=0.66)] * 5)[0][1]
+    # a wrong sign: 0.65 falls to 0.05. A swing of single steps is none
+    assert topics([metrics(accuracy=0.65 - 0.06 * i) for i in range(10)]) == {"falls"}
+    assert topics([metrics(accuracy=a) for a in (0.6, 0.7, 0.7, 0.6, 0.25, 0.6, 0.7, 0.5, 0.65)]) == set()
+    # large from the start, as after an edit of one side
+    assert topics([metrics(kl_k3=0.02)] * 5) == {"mismatch"}
+
+
+def test_the_step_line_fits_100_columns():
+    m = dict(step=200, accuracy=0.604, length=512.0, entropy=0.092, logp_gap_mean=9.6e-6, kl_k3=2.6e-10, grad_norm=0.0742,
+             loss_scale=2.0 ** 16, t_rollout=12.3, t_train=20.0)
+    line = step_line(m, 200, 7300)
+    assert len(line) <= 100 and line.split() == (
+        "step 200/200 acc 0.604 len 512 ent 0.092 gap 9.6e-6 kl 3e-10 |g| 0.074 scale 2^16 32.3s eta 122m").split()
+    rest = step_line(m | dict(logp_gap_mean=0.0, kl_k3=0.0, grad_norm=math.inf, loss_scale=1.0), 200, 61).split()
+    assert rest[8:] == "gap 0 kl 0 |g| inf scale 1 32.3s eta 1:01".split()
+    shown = all_of(m).split()
+    assert all(k in shown for k in m) and max(map(len, all_of(m).splitlines())) <= 100
 
 
 # --- data
