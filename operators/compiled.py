@@ -274,12 +274,14 @@ class Compiled(Numerics):
 
     # -- the block
 
-    def takes(self, block):
-        """Whether block.c knows this block: no adapters, experts, QK-norm; heads of whole vectors."""
-        c, vector = block.cfg, self.lanes // 2
+    def knows(self, c):
+        """Whether block.c knows a block of this GPTConfig: heads of whole vectors, no QK-norm."""
+        vector, heads = self.lanes // 2, c.n_heads + 2 * c.n_kv_heads
         whole = c.head_dim % vector == 0 and c.head_dim // vector in (1, 2, 3, *range(4, 17, 2))
-        fits = not c.qkv_bias or (c.n_heads + 2 * c.n_kv_heads) * c.head_dim % self.lanes == 0
-        return whole and fits and not (self.spy or c.qk_norm or block.experts or block.lora)
+        return whole and not c.qk_norm and (not c.qkv_bias or heads * c.head_dim % self.lanes == 0)
+
+    def takes(self, block):
+        return self.knows(block.cfg) and not (self.spy or block.experts or block.lora)
 
     def block(self, block, x, cos, sin, mask, cache):
         grad = torch.is_grad_enabled()

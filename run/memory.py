@@ -20,34 +20,19 @@ MIB = 2 ** 20
 CHUNK = 64 * MIB                        # Numerics.token_logprobs: logits that exist at a time
 
 
-def saved_per_token(gpt, element, lanes=0, lora=0, exact=False):
-    """Bytes that one layer keeps for the way back, per token. element: bytes of a number in the
-    compute dtype. Products and attention keep what they take in it, norms and SwiGLU in FP32 (exact
-    ones in the compute dtype too, and nothing else: the rest is made again). lanes: panel width of
-    the compiled block, 0 without it. lora: the adapters' rank."""
-    C, F, H, KV, D = gpt.width, gpt.mlp_width, gpt.n_heads, gpt.n_kv_heads, gpt.head_dim
-    heads, wide = (H + 2 * KV) * D, element if exact else 4
-    if lanes and D % (lanes // 2) == 0 and not gpt.qk_norm and not lora and not gpt.n_experts:
-        return compiled_layer(gpt)
-    gained = 4 if element == 4 and not (exact or lora) else 0       # a CPU's norm: before its gain
-    n = 2 * C * (wide + gained + element) + 8                       # two norms: in, out, and a scale
-    n += (heads + (H + KV) * D) * element                    # the product; queries and keys, turned
-    # attention's output, before and after it is rounded
-    n += H * D * element * (1 if exact or element == 2 else 2) + 4 * H
-    n += 7 * lora * element
-    if gpt.qk_norm and not exact:
-        n += (H + KV) * (4 * D + 4)
-    K, F = (gpt.experts_per_token, gpt.expert_width) if gpt.n_experts else (1, F)
-    n += K * F * (2 * wide + (0 if exact else 4) + element)         # SwiGLU: in, silu of the gate, out
-    if gpt.n_experts:
-        n += K * C * (element + 4) + 16 * gpt.n_experts             # what each expert takes and gives
-    return n
-
-
-def compiled_layer(gpt):
-    """The same of the compiled block, which makes the rest again."""
-    C, F, H, D = gpt.width, gpt.mlp_width, gpt.n_heads, gpt.head_dim
-    return 4 * (2 * C + (H + 2 * gpt.n_kv_heads) * D + H * D + 2 * F + 2 * H + 2)
+def saved_per_token(gpt, element, compiled=False, lora=0):
+    """Bytes that one layer keeps for the way back, per token, at most. element: bytes of a number
+    in the compute dtype. lora: the adapters' rank. What is kept is counted in numbers: the input
+    and output of two norms, queries, keys and values before and after they are turned, attention's
+    output, SwiGLU's two halves and output in FP32, a scale for each norm and head. The compiled
+    block makes at least half of it again."""
+    C, F, D, H, KV = gpt.width, gpt.mlp_width, gpt.head_dim, gpt.n_heads, gpt.n_kv_heads
+    n = element * (6 * C + (4 * H + 3 * KV) * D + 7 * lora) + 16 * F + 4 * (H + 2)
+    n += 4 * (H + KV) * (D + 1) * gpt.qk_norm
+    if gpt.n_experts:                       # the MLP's part for each expert met, and what goes in and out
+        met = gpt.experts_per_token
+        n += 16 * (met * gpt.expert_width - F) + met * gpt.width * (element + 4) + 16 * gpt.n_experts
+    return n // 2 if compiled else n
 
 
 def most_rows(cfg):
@@ -82,13 +67,15 @@ def needs(cfg, device, env):
     gpt, gpu = gpt_config(cfg, env), device.type == "cuda"
     N, length = count(gpt), env.prompt_length + env.answer_length
     element = {f: 2 if gpu and f in ("fp16", "bf16") else 4 for f in (cfg.rollout_format, cfg.train_format)}
-    lanes = getattr(numerics("fp32", device, cfg.fast), "lanes", 0)
+    num = numerics("fp32", device, cfg.fast)
+    compiled = hasattr(num, "knows")
+    block = compiled and num.knows(gpt) and not (gpt.n_experts or cfg.lora_rank)
     trained = adapter_params(gpt, cfg.lora_rank) if cfg.lora_rank else N
     frozen = N * element[cfg.train_format] if cfg.lora_rank else 0
     rounded = sum(0 if f == "fp32" else b * trained for f, b in element.items())
     if frozen and len(element) > 1:                         # two formats: FP32, and a copy for each
         frozen = 4 * N + sum(0 if f == "fp32" else b * N for f, b in element.items())
-    if lanes:                                               # packed once more, for each direction
+    if compiled:                                            # packed once more, for each direction
         rounded += 4 * (N - gpt.vocab_size * gpt.width * (not gpt.tied_head)) * (2 + (len(element) > 1))
     reference = 0 if not cfg.kl_beta or frozen else N * (4 if cfg.train_format == "fp32" else 8)
     rows, width = most_rows(cfg), length
@@ -99,12 +86,12 @@ def needs(cfg, device, env):
     step = min(cfg.rollout_rows, cfg.prompts * cfg.group)
     copies = rows + (step if step < rows else 0) if gpu and cfg.fast else 3 * rows // 2
     tokens, bytes_ = largest_batch(cfg) * (length - 1), element[cfg.train_format]
-    layer = saved_per_token(gpt, bytes_, lanes, cfg.lora_rank, cfg.exact)
+    layer = saved_per_token(gpt, bytes_, block, cfg.lora_rank)
     layers = gpt.n_layers * (gpt.width * bytes_ if cfg.recompute else layer) + cfg.recompute * layer
-    if not gpu and not (lanes and layer == compiled_layer(gpt)):
+    if not (gpu or block):
         layers = layers * 8 // 5                            # measured: malloc's heap fragments
     passing = tokens * 4 * bytes_ * max(gpt.mlp_width, gpt.experts_per_token * gpt.expert_width)
-    logits = (5 if cfg.exact and not lanes else 4) * min(CHUNK, 4 * gpt.vocab_size * tokens)
+    logits = 5 * min(CHUNK, 4 * gpt.vocab_size * tokens)
     size = "--lora-rank" if cfg.lora_rank or cfg.model else "--n-layers --width"
     return {k: v for k, v in {
         "frozen weights": (frozen, "--model"),
@@ -114,7 +101,7 @@ def needs(cfg, device, env):
         "gradients, FP32": (4 * trained, size),
         "AdamW's two moments, FP32": (8 * trained, size),
         f"KV cache of {rows} rows of {width}": (slot * width * copies, "--rollout-rows --prompts --group"),
-        f"logits of {rows} rows": (rows * gpt.vocab_size * (4 if lanes else 29), "--rollout-rows"),
+        f"logits of {rows} rows": (rows * gpt.vocab_size * (4 if compiled else 29), "--rollout-rows"),
         f"activations of {tokens} tokens": (tokens * (layers + gpt.width * bytes_),
                                             "--micro-batch --recompute"),
         "the layer at work": (passing, "--micro-batch --digits"),

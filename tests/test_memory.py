@@ -36,8 +36,8 @@ def kept(model, tokens):
 
 @pytest.mark.parametrize("variant", SHAPES)
 @pytest.mark.parametrize("fmt", ["fp32", "fp16"])
-def test_activations_are_what_the_plan_says(variant, fmt, device):
-    """What one layer more makes autograd hold for the way back, against the formula."""
+def test_activations_stay_below_the_plan(variant, fmt, device):
+    """The bound holds what one layer more makes autograd hold for the way back, and not much more."""
     B, T, rank, held = 6, 31, 8 if variant == "lora" else 0, []
     for layers in (2, 3):
         model = tiny(device, fmt, **{**dict(head_dim=32), **SHAPES[variant]}, width=96, mlp_width=200, n_layers=layers)
@@ -46,8 +46,9 @@ def test_activations_are_what_the_plan_says(variant, fmt, device):
             model.num.hold(model.parameters())
         held.append(kept(model, torch.zeros(B, T, dtype=torch.int64, device=device)))
     got, num = (held[1] - held[0]) / (B * T), model.num
-    want = saved_per_token(model.cfg, num.dtype.itemsize, getattr(num, "lanes", 0), rank, num.exact)
-    assert abs(got - want) < (0.1 if device.type == "cuda" else 0.02) * want, (got, want)
+    block = hasattr(num, "takes") and num.takes(model.blocks[0])
+    want = saved_per_token(model.cfg, num.dtype.itemsize, block, rank)
+    assert want / 2.3 < got <= 1.02 * want, (got, want)                     # scales, a few constants
 
 
 @pytest.mark.parametrize("variant", SHAPES)
