@@ -141,8 +141,7 @@ class Config:
     rollout_format = property(lambda c: c.rollout_precision or c.precision)
     train_format = property(lambda c: c.precision)
     eval_tries = property(lambda c: 1 if c.model else 4)         # sampled answers per problem
-    # Imitation and the choice of problems: one format, so that every --precision starts from the
-    # same
+    # Imitation and the choice of problems: one format, so that every --precision starts alike
     base_precision = property(lambda c: "fp16" if c.model or c.preset == "gpu" else "fp32")
 
 

@@ -1,20 +1,17 @@
 """operators/exact.py: rollout and training agree bit for bit.
 
-The same token behind the same tokens gets the same log-prob, however many rows, positions or
-micro-batches share the call, cached or not. Why is that not so anyway? Libraries choose their
-kernel, and with it an order of summation, by the shape of the whole call, and rounding makes the
-order visible. So here a token's value depends on its own row and on the keys at or before its
-position, and on nothing else:
+The same token after the same tokens gets the same log-prob, however many rows, positions or
+micro-batches share the call, cached or not. Ordinarily it does not: libraries choose their kernel,
+and with it an order of summation, by the shape of the whole call, and rounding makes the order
+visible. Here a token's value depends on its own row and on the keys at or before its position:
 
-  products    always of one shape and layout, filled up with zeros: `slab` rows, or `slab` pairs of a row
-              and a key head
-  row sums    (norms, softmax) by a fixed tree of elementwise additions
-  attention   the keys in chunks at absolute positions. A masked key weighs exactly 0, and adding 0 times
-              what is finite changes nothing
-  elementwise torch's silu is left out: on a CPU its vector and scalar versions differ, and which of
-  them
-              a number gets depends on its place in memory. exp, and the arithmetic that IEEE
-              defines, do not have that
+    products     always of one shape and layout, filled up with zeros: `slab` rows, or `slab` pairs
+                 of a row and a key head
+    row sums     (norms, softmax) by a fixed tree of elementwise additions
+    attention    the keys in chunks at absolute positions. A masked key weighs exactly 0, and adding
+                 0 times what is finite changes nothing
+    elementwise  without torch's silu: on a CPU its vector and scalar versions differ, and the place
+                 in memory decides which a number gets. exp and IEEE's arithmetic do not differ
 
 The way back is the plain operator's: a gradient has nothing to agree with. One assumption is left:
 a product's row does not depend on its place among the other rows of its slab. So nothing is claimed

@@ -1,13 +1,12 @@
 """operators/graph.py: one decoding step as a CUDA graph.
 
-A small model's step is some two hundred small kernels, and launching them from Python takes longer
-than running them. A CUDA graph records them once and launches all with one call. It replays
-addresses, not values, hence three rules:
+A small model's step is some two hundred small kernels. Launching them from Python takes longer than
+running them. A CUDA graph records them once and launches all with one call. It replays addresses,
+not values. Hence three rules:
 
-    the cache, the last tokens, their positions and the random numbers stay in the same memory,
-    filled in place weights are rounded in place once per update (Numerics.refresh): the next replay
-    reads the new ones shapes are fixed: one graph per number of rows (halved as rows finish) and
-    per 64 slots of the cache in use
+    - the cache, the last tokens, their positions and the random numbers stay in the same memory
+    - weights are rounded in place (Numerics.refresh), so that the next replay reads the new ones
+    - shapes are fixed: one graph per number of rows (halved as rows finish) and per 64 slots in use
 
 With GraphStep.capture = False the same steps run on the same buffers without a graph. That is what
 the tests compare on a CPU.
