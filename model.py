@@ -339,7 +339,7 @@ class GPT(nn.Module):
         tokens (B, T) int64, right-padded; where (B, T) bool, False in column 0. Returns two FP32
         vectors in row-major order of `where`: log pi(token | what stands left of it) and the
         entropy of that distribution, nats. replay: the rollout's `routes` (B, T - 1 or more, MoE
-        layers, K), to send every token to the experts that it met there."""
+        layers, K), to send every token to the experts of its rollout."""
         replay = replay if replay is None else replay[:, :tokens.shape[1] - 1]
         hidden = self(tokens[:, :-1], replay=replay).flatten(0, 1)    # t predicts token t + 1
         rows = where[:, 1:].flatten().nonzero()[:, 0]

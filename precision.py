@@ -198,7 +198,7 @@ class Numerics:
         return self.down(_Product.apply(self.operand(x), w, b, self))
 
     def add(self, x, y, scale=1.0):
-        """x + scale * y. Two gradients meet in the residual stream; their sum is rounded here."""
+        """x + scale * y. The residual stream adds two gradients; their sum is rounded here."""
         return self.down(self.up(x) + (self.up(y) if scale == 1 else scale * self.up(y)))
 
     def mix(self, xs, weights):

@@ -190,7 +190,7 @@ class Sampler:
         self._write(out, tokens, logps, routes)
 
     def _write(self, out, tokens, logps, routes):
-        """Sampled tokens (T, R) go behind the prompts, up to the first stop token. A row that had
+        """Sampled tokens (T, R) go after the prompts, up to the first stop token. A row that had
         finished went on being sampled until it was dropped: what follows its stop token is no
         answer."""
         is_stop = self.ends(tokens)

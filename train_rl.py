@@ -438,7 +438,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         say("\ninterrupted")
         return 130
-    except BrokenPipeError:                                 # `train_rl.py | head`: run_main knows
+    except BrokenPipeError:                              # `train_rl.py | head`: run_main handles it
         raise
     except OSError as e:
         raise InputError(f"{e.filename or 'a file of the run'}: {e.strerror}; the last checkpoint, "

@@ -1,5 +1,5 @@
 """Countdown, as in TinyZero: reach a number from others, each used once. A step joins two of the numbers on the table, the larger
-one first, and puts the result back; behind the # stands the whole way as one expression:
+one first, and puts the result back; after the # stands the whole way as one expression:
 
     3,4,7=25:  ->  7*3=21;21+4=25;#(7*3)+4
 
@@ -88,7 +88,7 @@ class Countdown(Task):
         return texts[rng.integers(len(texts))]
 
     def reward(self, problem, text):
-        """1.0 when the text behind the #, or in the last <answer> tag, is an expression of these numbers that hits the target."""
+        """1.0 when the text after the #, or in the last <answer> tag, is an expression of these numbers that hits the target."""
         before, tag, inside = text.rpartition("<answer>")
         expression = inside.partition("</answer>")[0].strip() if tag else text.partition("#")[2]
         try:

@@ -3,7 +3,7 @@ r"""GSM8K: grade-school word problems whose answer is a number (Cobbe et al. 202
     {"question": "... How many clips did she sell?", "answer": "48/2 = 24 in May. 48+24 = 72 altogether.\n#### 72"}
 
 The reward compares numbers as exact fractions: 0.50, .5 and \frac{1}{2} are one answer, and so are $1,000.00 and 1000 dollars.
-It is strict where a loose one would be learned: a number counts only where the final answer belongs, in \boxed{} or behind ####,
+It is strict where a loose one would be learned: a number counts only where the final answer belongs, in \boxed{} or after ####,
 and only if it stands there alone but for its unit. "3 or 4", 5+3 and a "#### Step 4" are no answers.
 """
 import re
@@ -51,7 +51,7 @@ def number(said):
 
 
 def final_number(text):
-    r"""The number that a solution ends with, in its last \boxed{} or behind its last ####, whichever comes later. None if there
+    r"""The number that a solution ends with, in its last \boxed{} or after its last ####, whichever comes later. None if there
     is neither, or something else than one number."""
     hashes = text.rfind("####")
     if hashes > max(text.rfind("\\boxed"), text.rfind("\\fbox")):
@@ -64,7 +64,7 @@ def final_number(text):
 def behind_hashes(key, text):
     said = text.rpartition("####")[2].strip()
     if number(said) is None:
-        raise ValueError(f"the {key} ends with no number behind ####: {text[-60:]!r}")
+        raise ValueError(f"the {key} ends with no number after ####: {text[-60:]!r}")
     return said
 
 

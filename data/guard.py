@@ -1,4 +1,4 @@
-"""Rewards that may be slow, hang, raise or die: asked for under a time limit, and never the end of a run.
+"""Rewards that may be slow, raise an error or crash: asked for under a time limit, and never the end of a run.
 
 `Guard.rewards` grades answers. A task marked `safe` is a bounded parser of this program's own and runs where it is called. Any
 other (LaTeX, a file of your own) runs in processes of its own, started anew from the task's name, several at a time. One that
@@ -25,7 +25,7 @@ from data.tasks import make_task
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 START = 120                                 # seconds that a child may take to begin: on a busy machine sympy takes ten to import
-DIED = ["the grader died of it"]
+CRASHED = ["the grader crashed"]
 NOT_A_NUMBER = ", which is no finite number"
 MEMORY = 4 << 30                            # bytes of address space that a child may take
 
@@ -66,7 +66,7 @@ class Guard:
             self.children.put(child)
 
     def _number(self, x, text):
-        """What a reward function gave, as a number: 0 for what is none, and a line the first time that its like is met."""
+        """What a reward function gave, as a number: 0 for what is none, and a line for the first of its kind."""
         if isinstance(x, (int, float)) and math.isfinite(x):
             return float(x)
         why = x if isinstance(x, str) else f"it gave {x!r}{NOT_A_NUMBER}"
@@ -88,7 +88,7 @@ class Guard:
 
 
 class Child:
-    """One process that grades. Started when first asked, and again after it was killed or died."""
+    """One process that grades. Started when first asked, and again after it was killed or crashed."""
 
     def __init__(self, name, seconds):
         self.name, self.seconds, self.process = name, seconds, None
@@ -124,13 +124,13 @@ class Child:
         try:
             self.process.stdin.write(json.dumps([problem.prompt, problem.answer, text]) + "\n")
             self.process.stdin.flush()
-            found = self.said.get(timeout=self.seconds) or DIED
+            found = self.said.get(timeout=self.seconds) or CRASHED
         except queue.Empty:
             found = [f"TimeoutError: more than {self.seconds:g} s"]
-        except OSError:                                              # it died between two answers
-            found = ["the grader died before it"]
+        except OSError:                                              # it crashed between two answers
+            found = ["the grader had crashed before"]
         else:
-            if found != DIED:
+            if found != CRASHED:
                 return found[0]
         self.stop()
         return found[0]

@@ -7,7 +7,7 @@ and spelling (\dfrac for \frac); if not, math-verify reads both and compares the
 
 `python -m data.prepare math` fetches them, `math-sanity` the 1,460 that the FP16 paper's sanity test trains on.
 
-What a model wrote is hostile until shown otherwise. Whatever is read here meets no `eval`: math-verify's way from LaTeX to sympy
+What a model wrote is hostile until shown otherwise. Nothing that is read here is evaluated: math-verify's way from LaTeX to sympy
 has it in one place, where sympy turns the text of a number into a number, and `reader` below does that itself. And 9^{9^{9}} or
 99999! hang inside the multiplication of integers, where no signal reaches: `tame` lets through only commands that answers need,
 short numbers and small exponents. The rest is a matter of time, and data/guard.py stops what takes too long.
@@ -25,7 +25,7 @@ BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 def last_boxed(text):
-    r"""What stands in the last \boxed{} or \fbox{} of a text, or behind a \boxed without braces up to the end of its formula.
+    r"""What stands in the last \boxed{} or \fbox{} of a text, or after a \boxed without braces up to the end of its formula.
     None if there is none, or if it is never closed."""
     start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     box = BOX.match(text, start) if start >= 0 else None

@@ -6,7 +6,7 @@
     health(model, tokens)            how near its activations come to a format's end
 
 A folder is read tensor by tensor into FP32 masters and never held twice. What this GPT cannot compute is refused by name: a
-checkpoint loaded nearly right gives answers that are nearly right, and nobody would know. Only safetensors are read; a
+checkpoint loaded nearly right gives answers that are nearly right, without a sign of it. Only safetensors are read; a
 pytorch_model.bin is a pickle, and a pickle is a program.
 """
 import hashlib
@@ -61,7 +61,7 @@ def folder_of(folder):
 
 
 def read_config(folder, context=None):
-    """config.json -> GPTConfig. context: the longest sequence that will be needed (default: the longest the model knows)."""
+    """config.json -> GPTConfig. context: the longest sequence that will be needed (default: what the model was made for)."""
     path = pathlib.Path(folder) / "config.json"
     c = read_json(path)
     kind = c.get("model_type")

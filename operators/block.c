@@ -383,7 +383,7 @@ static void tile_t(int m, long n, const float *a, long ks, const float *b, long 
     else CASES(m, tile_(rows, 1, a, 1, ks, b, bs, K, c, cs, 1, 0, 0, (format){0}, FP32))
 }
 
-/* w (N, K) with the given strides -> panels (N / NR, K, NR), zeros behind the last row: the order in which products read it */
+/* w (N, K) with the given strides -> panels (N / NR, K, NR), zeros after the last row: the order in which products read it */
 void pack(const float *w, long stride_n, long stride_k, float *panels, long N, long K) {
     PARALLEL(N * K) for (long p = 0; p < up(N, NR); p += NR)
         for (long k = 0; k < K; k++)
@@ -432,7 +432,7 @@ typedef struct {                    /* shapes and strides (row, head, token) of 
 } shape;
 #define AT(p, s, b, h, t) ((p) + (b) * (s)[0] + (h) * (s)[1] + (t) * (s)[2])
 
-/* (T, D) with rows `stride` apart, times scale -> (T / NR, D, NR), zeros behind the end */
+/* (T, D) with rows `stride` apart, times scale -> (T / NR, D, NR), zeros after the end */
 static void turn(const float *x, long stride, float scale, float *y, long T, long D) {
     for (long p = 0; p < T; p += NR)
         for (long d = 0; d < D; d++)

@@ -144,7 +144,7 @@ def attention(num, q, k, v, mask):
 
 
 def filled(x, *shape):
-    """x in a contiguous tensor of this shape, with zeros behind it in each dimension."""
+    """x in a contiguous tensor of this shape, with zeros after it in each dimension."""
     if x.shape == shape:
         return x.contiguous()
     return F.pad(x, [n for have, want in zip(x.shape[::-1], shape[::-1]) for n in (0, want - have)])

@@ -38,7 +38,7 @@ class GraphStep:
         self.graphs, self.pool = {}, None
 
     def start(self, cache, index, lengths):
-        """Row i continues row index[i] of a prefilled cache, behind its first lengths[i] tokens."""
+        """Row i continues row index[i] of a prefilled cache, after its first lengths[i] tokens."""
         n = cache.k.shape[3]
         for mine, theirs in ((self.cache.k, cache.k), (self.cache.v, cache.v)):
             mine[:, :len(index), :, :n] = theirs[:, index]

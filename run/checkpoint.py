@@ -13,7 +13,7 @@ from model import GPT, GPTConfig
 from precision import InputError, Numerics
 
 FORMAT_VERSION = 2
-STALE = 600                             # seconds after which a half-written file is nobody's
+STALE = 600                             # seconds after which a half-written file belongs to no run
 UMASK = os.umask(0)                     # what a file may be read by, as the user has it
 os.umask(UMASK)
 

@@ -61,7 +61,7 @@ class Run:
                 continue
 
     def forget_if_empty(self):
-        """A run that failed before its first line leaves no folder behind."""
+        """A run that failed before its first line leaves no folder."""
         try:
             self.path.rmdir()
         except OSError:                                                 # not empty

@@ -95,7 +95,7 @@ def test_a_run_that_cannot_fit_stops_at_once_in_one_line(monkeypatch, tmp_path):
     with pytest.raises(InputError, match="this run needs about .* MiB, 1 are free") as e:
         train_rl.main(["--device", "cpu", "--out", str(tmp_path / "run"), "--width", "512"])
     assert "--micro-batch" in str(e.value) and "\n" not in str(e.value)
-    assert not (tmp_path / "run").exists()                                       # and leaves nothing behind
+    assert not (tmp_path / "run").exists()                                       # and leaves nothing
 
 
 def test_out_of_memory_in_the_rehearsal_is_advice(monkeypatch, tmp_path):
