@@ -28,24 +28,24 @@ import torch
 
 
 def centred(rewards):
-    """r - mean of the group (Dr.GRPO: Liu et al. 2025). Example: [.5, .5, -.5, -.5]."""
+    """Reward - mean of the group (Dr.GRPO: Liu et al. 2025). Example: [.5, .5, -.5, -.5]."""
     agree = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)  # a mean may be off
     return torch.where(agree, 0.0, rewards - rewards.mean(1, keepdim=True))
 
 
 def standardised(rewards):
-    """(r - mean) / (std + 1e-8), std of the population (GRPO: Shao et al. 2024). Example:
+    """(reward - mean) / (std + 1e-8), std of the population (GRPO: Shao et al. 2024). Example:
     [1, 1, -1, -1]. One wrong answer of 64 gets -7.9. TRL: the sample's std + 1e-4."""
     return centred(rewards) / (rewards.std(1, correction=0, keepdim=True) + 1e-8)
 
 
 def leave_one_out(rewards):
-    """r - mean of the others (RLOO: Ahmadian et al. 2024). Example: [2, 2, -2, -2] / 3."""
+    """Reward - mean of the others (RLOO: Ahmadian et al. 2024). Example: [2, 2, -2, -2] / 3."""
     return centred(rewards) * (rewards.shape[1] / (rewards.shape[1] - 1))
 
 
 def batch_baseline(rewards):
-    """r - mean of the batch (REINFORCE with a baseline: Williams 1992). Groups do not matter."""
+    """Reward - mean of the batch (REINFORCE with a baseline: Williams 1992). Groups play no part."""
     return rewards - rewards.mean()
 
 
@@ -222,12 +222,12 @@ class Algorithm:
 
 
 ALGORITHMS = {
-    "dr-grpo": Algorithm("A = r - group mean, clipped ratio", centred, clipped, constant, True),
+    "dr-grpo": Algorithm("reward - group mean, clipped ratio", centred, clipped, constant, True),
     "grpo": Algorithm("A / std, clipped ratio, mean over each answer",
                       standardised, clipped, per_answer, True),
-    "reinforce": Algorithm("r - batch mean", batch_baseline, policy_gradient, constant, False),
-    "pg": Algorithm("A = r - group mean, no ratio", centred, policy_gradient, constant, False),
-    "rloo": Algorithm("A = r - others' mean", leave_one_out, policy_gradient, constant, False),
+    "reinforce": Algorithm("reward - batch mean", batch_baseline, policy_gradient, constant, False),
+    "pg": Algorithm("reward - group mean, no ratio", centred, policy_gradient, constant, False),
+    "rloo": Algorithm("reward - others' mean", leave_one_out, policy_gradient, constant, False),
     "gspo": Algorithm("A / std, one clipped ratio per answer", standardised, sequence_clipped,
                       per_answer, True, dict(clip=(3e-4, 4e-4))),
     "dapo": Algorithm("grpo with clip-higher, mean over tokens, dynamic sampling", standardised,
