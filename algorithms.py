@@ -45,7 +45,7 @@ def leave_one_out(rewards):
 
 
 def batch_baseline(rewards):
-    """Reward - mean of the batch (REINFORCE with a baseline: Williams 1992). Groups play no part."""
+    """Reward - mean of the batch (REINFORCE with a baseline: Williams 1992), without groups."""
     return rewards - rewards.mean()
 
 
