@@ -127,11 +127,12 @@ class Notes:
 
 def verdict(cfg, state, first, accuracy, learned, after, passed, mark):
     """The last lines of a run. first: accuracy of step 1, before any update."""
+    each = f"{cfg.eval_tries} sampled answer{'s' * (cfg.eval_tries > 1)} each"
     if state.before is not None:
-        say(f"held-out problems, never trained on, {cfg.eval_tries} sampled answers each: {state.before:.3f} "
-            f"right before, {after:.3f} after")
-    say(f"the {len(state.problems)} training problems, {cfg.eval_tries} sampled answers each, temperature "
-        f"{cfg.temperature:g}: {accuracy:.3f} right")
+        say(f"held-out problems, never trained on, {each}: {state.before:.3f} right before, {after:.3f} "
+            "after")
+    say(f"the {len(state.problems)} training problems, {each}, temperature {cfg.temperature:g}: "
+        f"{accuracy:.3f} right")
     if cfg.rollout_format != cfg.train_format:  # the deployment gap: pi has learned, mu is deployed
         say(f"the same answered in {cfg.train_format}, as it was trained: {learned:.3f}")
     if cfg.model:
