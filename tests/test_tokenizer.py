@@ -141,6 +141,7 @@ def test_broken_and_foreign_ids_are_seen_in_the_text(family, tmp_path):
     bits = ids(library, "x\u20ac")
     assert ours.decode(bits) == "x\u20ac" and ours.decode(bits[:-1])[:2] == "x\ufffd"
     assert ours.decode([*bits, ours.n_vocab, -1]) == "x\u20ac\ufffd\ufffd"
+    assert len(ours.encode("é>")) == 1 and ours.decode(ours.encode("é>")) == "é>"    # an added token
 
 
 def test_only_the_stop_token_at_the_end_is_left_out(tmp_path):
@@ -367,7 +368,7 @@ def test_a_panic_over_a_text_is_one_line(tmp_path):
 
 @pytest.mark.parametrize("family, change", [
     ("qwen", to("added_tokens.2.rstrip", True)), ("qwen", to("added_tokens.2.lstrip", True)),
-    ("qwen", to("added_tokens.1.single_word", True)),
+    ("qwen", to("added_tokens.2.single_word", True)),
     ("qwen", lambda spec: spec["added_tokens"].append(token("<|im_end|>\n", N + 7))),
     ("llama2", lambda spec: spec.update(normalizer=None, pre_tokenizer=dict(
         type="Metaspace", replacement="▁", prepend_scheme="first", split=False))),
