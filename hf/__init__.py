@@ -1,3 +1,3 @@
-"""hf/: models and their tokenizers as Hugging Face folders hold them, without the libraries that write such folders: the tests
-compare with those, and nothing here imports them.
+"""hf/: models and their tokenizers as Hugging Face folders hold them. Files are read by safetensors
+and tokenizers; transformers and peft, which write such folders, are compared with by the tests.
 """
