@@ -1,13 +1,15 @@
-"""The runner that all experiments share: runs of train_rl.py over seeds, side by side, resumed where a sweep was stopped.
+"""What all experiments share: runs of train_rl.py over seeds, the rules by which they are judged,
+and a command's flags, files and pictures.
 
-    python -m experiments.NAME              # the sizes of the README, at most 30 minutes on two CPU cores
-    python -m experiments.NAME --quick      # the same in 2 minutes or less: does the command work? Its numbers mean nothing
+    python -m experiments.NAME              # the README's sizes, 30 minutes at most on two cores
+    python -m experiments.NAME --quick      # 2 minutes or less: does the command work?
     python -m experiments.NAME --preset gpu # sizes for one GPU
+    python -m experiments.NAME --redraw     # nothing is run: the picture, from the JSON file
 
-An experiment makes a list of Jobs, calls `sweep`, and writes what came out with `save`. Each run is a process of its own with one
-thread, as many at a time as there are cores: times are for comparison among themselves only. All runs of a seed share one base
-model and one perfectible set, whatever their formats. A run is not done again if its command and the program's sources are what
-they were; one that fails is an outcome, and counted. Seeds are 0 to N-1, none is left out.
+Each run is a process with one thread, as many at a time as there are cores: times are for
+comparison among themselves only. All runs of a seed share one base model and one perfectible set,
+whatever their formats. A run is not done again if its command and the program's sources are what
+they were. One that fails is an outcome, and counted. Seeds are 0 to N-1, none is left out.
 """
 import datetime
 import hashlib
@@ -16,6 +18,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -27,145 +30,159 @@ import numpy as np
 import torch
 
 from operators.device import pick_device
+from precision import InputError
 from run.base import find_base
 from run.console import Parser, ranged
-from train_rl import parse_config
+from run.folder import provenance
+from train_rl import Config, parse_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-# The job of most experiments: sums of two digits with 22 tokens of working, a model of 0.13 M parameters, four updates a batch
-# as in the paper, a constant learning rate. 100 steps take half a minute on one core, and in FP32 it comes to 98 %.
-LAB = ("--digits 2 --noise 0.2 --n-layers 2 --width 64 --base-steps 600 --base-batch 64 --base-lr 4e-3 "
-       "--heldout 0 --prompts 32 --updates-per-batch 4 --lr 1e-4 --lr-schedule constant").split()
-# The same for a GPU, 60 tokens of working and 3 M parameters: a guess of what ten minutes hold, not yet run on one.
-GPU = ("--digits 6 --noise 0.08 --n-layers 4 --width 256 --base-steps 1000 "
-       "--base-batch 128 --base-lr 1e-3 --heldout 0 --prompts 32 --updates-per-batch 4 --lr 1e-4 --lr-schedule constant").split()
-QUICK = ("--digits 1 --noise 0.3 --n-layers 2 --width 64 --base-steps 300 --base-batch 64 --base-lr 4e-3 "
-         "--pool 70 --prompts 16 --lr 1e-3").split()
-CURVES = ("accuracy", "kl_k3", "logp_gap_mean", "logp_gap_max", "seq_kl", "entropy", "grad_norm", "kept_share", "clipped_share",
-          "weight_sd", "exact_share", "skipped_steps", "loss_scale", "tokens", "t_rollout", "t_train", "route_flips")
+# The job of most experiments: sums of two digits with 22 tokens of working, 0.13 M parameters, four
+# updates a batch as in the paper. 100 steps take half a minute on one core, and reach 98 % in FP32.
+LAB = ("--digits 2 --noise 0.2 --n-layers 2 --width 64 --base-steps 600 --base-batch 64 "
+       "--base-lr 4e-3 --heldout 0 --prompts 32 --updates-per-batch 4 --lr 1e-4 "
+       "--lr-schedule constant --steps 100").split()
+# The same for a GPU, 60 tokens of working, 3 M parameters: a guess of what ten minutes hold.
+GPU = ("--digits 6 --noise 0.08 --n-layers 4 --width 256 --base-steps 1000 --base-batch 128 "
+       "--base-lr 1e-3 --heldout 0 --prompts 32 --updates-per-batch 4 --lr 1e-4 "
+       "--lr-schedule constant --steps 60").split()
+QUICK = ("--digits 1 --noise 0.3 --n-layers 2 --width 64 --base-steps 300 --base-batch 64 "
+         "--base-lr 4e-3 --pool 70 --heldout 10 --prompts 16 --lr 1e-3 --steps 3").split()
+CURVES = ("accuracy kl_k3 logp_gap_mean logp_gap_max seq_kl entropy grad_norm kept_share "
+          "clipped_share weight_sd exact_share skipped_steps loss_scale tokens t_rollout t_train "
+          "route_flips").split()                               # route_flips: of models with experts
 
 
 @dataclass(frozen=True)
 class Job:
-    name: str                          # what is compared: runs of one name differ by their seed alone
+    name: str                          # what is compared: runs of one name differ by their seed
     seed: int
     flags: tuple                       # for train_rl.py
     threads: int = 1
     env: tuple = ()                    # (name, value) pairs, such as a TENBIT_CACHE of its own
 
 
-def formats(mode):
-    """Flags of a mode: "bf16", "bf16 exact", or "bf16/fp32", rollout first."""
+def parts(mode):
+    """A mode, "bf16", "bf16 exact" or "bf16/fp32" -> the rollout's format, training's, exact."""
     pair, *exact = mode.split()
     rollout, _, training = pair.partition("/")
-    return ["--precision", training or rollout, "--rollout-precision", rollout, *(["--exact"] if exact else [])]
+    return rollout, training or rollout, bool(exact)
+
+
+def formats(mode):
+    """A mode as flags; "" is none."""
+    if not mode:
+        return []
+    rollout, training, exact = parts(mode)
+    return ["--precision", training, "--rollout-precision", rollout, *["--exact"] * exact]
 
 
 def sources():
     """A hash of everything that a run's numbers come from."""
     h = hashlib.sha256()
-    for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("run/*.py"), *ROOT.glob("operators/*.*")]):
-        h.update(path.read_bytes())
+    for pattern in ("*.py", "data/*.py", "run/*.py", "operators/*.*"):
+        for path in sorted(ROOT.glob(pattern)):
+            h.update(path.read_bytes())
     return h.hexdigest()[:16]
+
+
+def slug(text):
+    return "-".join(re.findall(r"\w+", text))
 
 
 def run(job, folder, about):
     """One run of train_rl.py -> its record. `about`: the sources' hash."""
-    slug = "".join(c if c.isalnum() else "-" for c in job.name)
-    path, begin = folder / f"{slug}-seed{job.seed}-{job.threads}", time.time()
-    command = ["train_rl.py", "--seed", str(job.seed), *job.flags]
-    record = path / "record.json"
+    path, begin = folder / f"{slug(job.name)}-seed{job.seed}-{job.threads}", time.time()
+    command, record = ["train_rl.py", "--seed", str(job.seed), *job.flags], path / "record.json"
     if record.exists():
         done = json.loads(record.read_text(encoding="utf-8"))
         if (done["sources"], done["command"]) == (about, command):
             return {**done, "again": True}
-    shutil.rmtree(path, ignore_errors=True)                    # what a stopped sweep left of this run
+    shutil.rmtree(path, ignore_errors=True)                # what a stopped sweep left of this run
     path.mkdir(parents=True)
-    env = {**os.environ, "OMP_NUM_THREADS": str(job.threads), "MKL_NUM_THREADS": str(job.threads), **dict(job.env)}
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(job.threads))
+    full = [sys.executable, *command, "--save-every", "1000000", "--out", str(path / "run")]
     with open(path / "log.txt", "w", encoding="utf-8") as log:
-        child = subprocess.Popen([sys.executable, *command, "--save-every", "1000000", "--out", str(path / "run")],
-                                 cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
-        peak = wait(child)
-    out = dict(name=job.name, seed=job.seed, threads=job.threads, command=command, sources=about, wall=time.time() - begin,
-               peak_mib=peak)
+        status = subprocess.run(full, cwd=ROOT, env={**os.environ, **threads, **dict(job.env)},
+                                stdout=log, stderr=log).returncode
+    out = dict(name=job.name, seed=job.seed, threads=job.threads, command=command, sources=about,
+               wall=time.time() - begin)
     metrics = path / "run" / "metrics.jsonl"
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.exists() else []
+    text = metrics.read_text(encoding="utf-8") if metrics.exists() else ""
+    rows = [json.loads(line) for line in text.splitlines()] or [{}]
     steps = [r for r in rows if "step" in r]
-    out["config"] = rows[0].get("config", {}) if rows else {}
-    out["curves"] = {k: [short(m[k]) for m in steps if k in m] for k in CURVES}         # routes: of models with experts
+    out["config"] = rows[0].get("config", {})
+    out["curves"] = {k: [tidy(float(m[k])) for m in steps if k in m] for k in CURVES}
     said = ((path / "log.txt").read_text(encoding="utf-8").strip().splitlines() or [""])[-1]
-    if child.returncode in (0, 1) and rows and "result" in rows[-1]:
+    if status in (0, 1) and "result" in rows[-1]:
         out |= rows[-1]["result"]
-    elif child.returncode == 1 and "stopped: " in said:        # what train_rl says of numbers that are no longer finite
+    elif status == 1 and "stopped: " in said:              # not finite, or not exact
         out["failed"] = said.replace(str(path / "run"), "the run")
-    else:                                                      # killed, or wrong flags: no outcome of the experiment
-        raise SystemExit(f"{job.name}, seed {job.seed} (exit status {child.returncode}): {said}")
-    (path / "run" / "checkpoint.pt").unlink(missing_ok=True)   # a sweep has hundreds
+    else:                                                  # killed, or wrong flags: not an outcome
+        raise SystemExit(f"{job.name}, seed {job.seed} (exit status {status}): {said}")
+    (path / "run" / "checkpoint.pt").unlink(missing_ok=True)                # a sweep has hundreds
     record.with_suffix(".partial").write_text(json.dumps(out), encoding="utf-8")
     os.replace(record.with_suffix(".partial"), record)
     return out
 
 
-def short(x):
-    """Five digits; None for what is not finite, which the run wrote as a string."""
-    return float(f"{float(x):.5g}") if math.isfinite(float(x)) else None
-
-
-def wait(child):
-    """-> peak memory of a process that has ended, MiB."""
-    if not hasattr(os, "wait4"):                               # Windows
-        child.wait()
-        return None
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    return usage.ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+def tidy(x):
+    """The same with five digits, and None for NaN and infinities, which JSON does not know."""
+    if isinstance(x, dict):
+        return {k: tidy(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [tidy(v) for v in x]
+    if isinstance(x, float):
+        return float(f"{x:.5g}") if math.isfinite(x) else None
+    return x
 
 
 def sweep(jobs, folder, workers):
-    """Records in the order of the jobs, with a line and the time to go after each. What makes a base model comes first: two
-    processes that make the same one would do it twice."""
-    makers, about = {}, sources()
+    """Records in the order of the jobs, with a line and the time to go after each. The first job of
+    a base model goes first: two processes that make the same one would do it twice."""
+    first, about = {}, sources()
     for job in jobs:
         cfg = parse_config(["--seed", str(job.seed), *job.flags])[0]
-        found, path, _ = find_base(cfg, pick_device(cfg.device))
-        if found is None or not list(path.parent.glob("solved-*")):
-            makers.setdefault(path, job)
-    first = set(makers.values())
-    begin, fresh, records = time.time(), 0, {}
-    for phase in ([j for j in jobs if j in first], [j for j in jobs if j not in first]):
+        first.setdefault((find_base(cfg, pick_device(cfg.device))[1], job.env), job)
+    makers, begin, fresh, records = [*first.values()], time.time(), 0, {}
+    for phase in (makers, [job for job in jobs if job not in makers]):
         with ThreadPoolExecutor(workers) as pool:
             for job, r in zip(phase, pool.map(lambda job: run(job, folder, about), phase)):
                 records[job] = r
                 fresh += not r.pop("again", False)
-                to_go = (time.time() - begin) / max(1, fresh) * (len(jobs) - len(records))
-                print(f"{len(records):3}/{len(jobs)} {describe(r)}; {to_go / 60:.0f} min to go", flush=True)
+                to_go = (time.time() - begin) / max(1, fresh) * (len(jobs) - len(records)) / 60
+                print(f"{len(records):3}/{len(jobs)} {describe(r)}; {to_go:.0f} min to go",
+                      flush=True)
     return [records[job] for job in jobs]
 
 
 def describe(r):
-    c = r["curves"]
-    end = f"FAILED after {len(c['accuracy'])} steps: {r['failed'][:90]}" if "failed" in r else f"accuracy {r['accuracy']:.3f}"
-    kl = f"kl {np.median(c['kl_k3']):.1e}" if c["kl_k3"] else ""
-    return f"{r['name']:28} seed {r['seed']} | {end} | best {best(r):.3f} {kl} | {r['wall']:.0f} s"
+    steps = len(r["curves"]["accuracy"])
+    end = (f"FAILED after {steps} steps: {r['failed'][:90]}" if "failed" in r else
+           f"accuracy {r['accuracy']:.3f}, kl {short(middle([r], 'kl_k3'))}")
+    return f"{r['name']:28} seed {r['seed']} | {end} | best {best(r):.3f} | {r['wall']:.0f} s"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is said of runs
 
 WINDOW = 10
 
 
-def spread(x):
+def spread(x, digits=4):
     """Mean, standard deviation over seeds, smallest and largest."""
     x = np.array(x, dtype=float)
-    return dict(mean=round(x.mean(), 4), sd=round(x.std(ddof=1), 4) if len(x) > 1 else None, min=round(x.min(), 4),
-                max=round(x.max(), 4))
+    sd = round(x.std(ddof=1), digits) if len(x) > 1 else None
+    mean, low, high = (round(v, digits) for v in (x.mean(), x.min(), x.max()))
+    return dict(mean=mean, sd=sd, min=low, max=high)
 
 
 def smooth(curve, window=WINDOW):
-    """Mean over the last `window` steps, from the first full window on. Curves shorter than that: their mean."""
+    """Mean over the last `window` steps, from the first full window on; or over a shorter curve."""
     c = np.nan_to_num(np.asarray(curve, float), nan=0.0, posinf=0.0, neginf=0.0)
-    return np.convolve(c, np.ones(window) / window, "valid") if len(c) >= window else np.array([c.mean() if len(c) else 0.0])
+    if len(c) < window:
+        return np.array([c.mean() if len(c) else 0.0])
+    return np.convolve(c, np.ones(window) / window, "valid")
 
 
 def best(r):
@@ -174,29 +191,43 @@ def best(r):
 
 
 def last(r):
-    """Accuracy of the last WINDOW steps; 0 for a run that broke off, since a policy of NaN solves nothing."""
+    """Accuracy of the last WINDOW steps; 0 for a run that broke off: a policy of NaN is never
+    right."""
     return 0.0 if "failed" in r else float(smooth(r["curves"]["accuracy"])[-1])
 
 
 def collapsed(r, drop=0.2):
-    """The rule, written before the runs: the last WINDOW steps are `drop` or more below the best WINDOW, or the run broke off."""
+    """The rule, written before the runs: the last WINDOW steps are `drop` or more below the best
+    WINDOW, or the run broke off."""
     return "failed" in r or last(r) <= best(r) - drop
 
 
-# Student's t, two-sided, 5 %: number of pairs -> limit. Beyond the table the last one, which is a little too strict.
+# Student's t, two-sided, 5 %: number of pairs -> limit. For more pairs the last one, which is a
+# little too strict.
 LIMITS = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 
 def paired(records, a, b, value=lambda r: r["accuracy"]):
-    """Difference a - b of a value, seed by seed: mean, its standard error, and whether it is more than Student's t allows. A run
-    that broke off has the value 0: left out, the format that kills its worst runs would look the better for it."""
-    one, two = ({r["seed"]: 0.0 if "failed" in r else value(r) for r in records if r["name"] == m} for m in (a, b))
+    """Difference a - b of a value, seed by seed: mean, its standard error, and whether it is more
+    than Student's t allows. A run that broke off has the value 0: left out, the format that kills
+    its worst runs would look the better for it."""
+    one, two = ({r["seed"]: 0.0 if "failed" in r else value(r) for r in records if r["name"] == m}
+                for m in (a, b))
     d = np.array([one[s] - two[s] for s in sorted(one) if s in two])
     if len(d) < 2:
         return dict(seeds=len(d), mean=None, se=None, significant=None)
-    se = float(d.std(ddof=1) / math.sqrt(len(d)))
-    return dict(seeds=len(d), mean=float(d.mean()), se=se,
-                significant=bool(se > 0 and abs(d.mean()) > LIMITS.get(len(d), 2.26) * se))
+    mean, se = float(d.mean()), float(d.std(ddof=1) / math.sqrt(len(d)))
+    return dict(seeds=len(d), mean=mean, se=se,
+                significant=se > 0 and abs(mean) > LIMITS.get(len(d), 2.26) * se)
+
+
+SCALARS = "accuracy", "accuracy_train", "heldout_before", "heldout_after", "kept", "wall"
+
+
+def over(records, key, digits=4):
+    """The spread of a number that a run ends with; None if none has it."""
+    found = [r[key] for r in records if r.get(key) is not None]
+    return spread(found, digits) if found else None
 
 
 def summary(records):
@@ -204,57 +235,81 @@ def summary(records):
     out = {}
     for name in dict.fromkeys(r["name"] for r in records):
         rs = [r for r in records if r["name"] == name]
-        done = [r for r in rs if "failed" not in r]
-        seconds = np.concatenate([np.add(r["curves"]["t_rollout"], r["curves"]["t_train"]) for r in rs])
+        done, curves = [r for r in rs if "failed" not in r], [r["curves"] for r in rs]
+        seconds = np.concatenate([np.add(c["t_rollout"], c["t_train"]) for c in curves])
+        gaps = [x for c in curves for x in c["logp_gap_max"] if x is not None]
         out[name] = dict(
-            seeds=len(rs), failed=len(rs) - len(done), collapsed=sum(map(collapsed, rs)), best=spread(list(map(best, rs))),
-            last=spread(list(map(last, rs))), accuracy=spread([r["accuracy"] for r in done]) if done else None,
-            gap_mean=middle(rs, "logp_gap_mean"), kl_k3=middle(rs, "kl_k3"), seq_kl=middle(rs, "seq_kl"),
-            skipped=int(sum(max(r["curves"]["skipped_steps"], default=0) for r in rs)),
+            seeds=len(rs), failed=len(rs) - len(done), collapsed=sum(map(collapsed, rs)),
+            best=spread(list(map(best, rs))), last=spread(list(map(last, rs))),
+            **{k: over(done, k) for k in SCALARS},
+            gap_mean=middle(rs, "logp_gap_mean"), gap_max=max(gaps, default=None),
+            kl_k3=middle(rs, "kl_k3"), seq_kl=middle(rs, "seq_kl"),
+            route_flips=middle(rs, "route_flips"),
+            skipped=int(sum(max(c["skipped_steps"], default=0) for c in curves)),
             step_seconds=float(np.median(seconds)) if len(seconds) else None)
     return out
 
 
 def middle(rs, key):
     """Mean over steps, then over seeds, of what is finite."""
-    values = [v for r in rs for v in [np.asarray(r["curves"].get(key, ()), float)] for v in [v[np.isfinite(v)]] if len(v)]
-    return float(np.mean([v.mean() for v in values])) if values else None
+    curves = [np.asarray(r["curves"].get(key, ()), float) for r in rs]
+    means = [c[np.isfinite(c)].mean() for c in curves if np.isfinite(c).any()]
+    return float(np.mean(means)) if means else None
 
 
-def number(x, spec):
-    """x in this format, or - where no run came far enough to have one."""
-    return "-" if x is None else format(x, spec)
+def over_seeds(records, keys):
+    """name -> key -> its spread over the seeds, however small."""
+    return {name: {k: over([r for r in records if r["name"] == name], k, 30) for k in keys}
+            for name in dict.fromkeys(r["name"] for r in records)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line, files, figures
+def show(table, title=""):
+    """{row: {column: text or number}}, printed; None is what no run came far enough to have."""
+    first = max(map(len, (title, *table))) + 2
+    columns = dict.fromkeys(c for cells in table.values() for c in cells)
+    print(f"\n{title:{first}}" + "".join(f" {c:>12}" for c in columns))
+    for row, cells in table.items():
+        texts = (short(cells.get(c, "")) for c in columns)
+        print(f"{row:{first}}" + "".join(f" {x:>12}" for x in texts))
+
+
+def short(x):
+    return "-" if x is None else f"{x:.3g}" if isinstance(x, float) else str(x)
+
+
+# --------------------------------------------------------------------------------------------------
+# Flags, files, pictures
 
 
 class Lab:
-    """What the commands have in common. text: the module's docstring; seeds: how many by default; add(parser): more flags;
-    rest: keep flags that are not known, for train_rl.py."""
+    """A command. text: its module's docstring; seeds: how many by default; add(parser): flags of
+    its own; rest: keep flags that are not known, for train_rl.py."""
 
     def __init__(self, name, text, argv, seeds=3, add=None, rest=False):
-        p = Parser(prog=f"experiments.{name}", description=text.split("\n\n")[0], allow_abbrev=False)
-        p.add_argument("--seeds", type=ranged(int, 1, 100), default=seeds, help=f"0 to N-1, none left out (default {seeds})")
-        p.add_argument("--quick", action="store_true", help="2 minutes or less, to see that it works; writes into out/")
-        p.add_argument("--preset", choices=("cpu", "gpu"), default="gpu" if torch.cuda.is_available() else "cpu")
-        p.add_argument("--workers", type=ranged(int, 1, 64), default=0, help="runs at a time (default: one a core, 4 on a GPU)")
-        p.add_argument("--out", default="", help="folder for JSON, PNG and runs (default results, --quick: out/lab/NAME-quick)")
+        p = Parser(prog=f"experiments.{name}", description=text.split("\n\n")[0],
+                   allow_abbrev=False)
+        p.add_argument("--seeds", type=ranged(int, 1, 100), default=seeds,
+                       help=f"0 to N-1, none left out (default {seeds})")
+        p.add_argument("--quick", action="store_true",
+                       help="2 minutes or less, to see that it works; its numbers mean nothing")
+        p.add_argument("--preset", choices=("cpu", "gpu"),
+                       default="gpu" if torch.cuda.is_available() else "cpu")
+        p.add_argument("--workers", type=ranged(int, 1, 64), default=0,
+                       help="runs at a time (default: one a core, 4 on a GPU)")
+        p.add_argument("--out", default="", help="folder for JSON, PNG and runs (default: results; "
+                       "with --quick out/lab/NAME-quick)")
+        p.add_argument("--redraw", action="store_true", help="the picture, from the JSON file")
         if add:
             add(p)
-        self.args, self.rest = p.parse_known_args(argv) if rest else (p.parse_args(argv), [])
-        a = self.args
-        self.name, self.quick, self.gpu = name, a.quick, a.preset == "gpu"
-        self.seeds = 1 if a.quick else a.seeds
+        a, self.rest = p.parse_known_args(argv) if rest else (p.parse_args(argv), [])
+        self.name, self.args, self.quick, self.gpu = name, a, a.quick, a.preset == "gpu"
+        self.seeds, self.begin = 1 if a.quick else a.seeds, time.time()
         self.workers = a.workers or (4 if self.gpu else os.cpu_count() or 1)
-        self.folder = pathlib.Path(a.out) / "runs" if a.out else ROOT / "out" / "lab" / f"{name}{'-quick' if a.quick else ''}"
-        self.out = pathlib.Path(a.out) if a.out else self.folder if a.quick else ROOT / "results"
+        runs = ROOT / "out" / "lab" / (f"{name}-quick" if a.quick else name)
+        self.folder = pathlib.Path(a.out) / "runs" if a.out else runs
+        self.out = pathlib.Path(a.out) if a.out else runs if a.quick else ROOT / "results"
         self.out.mkdir(parents=True, exist_ok=True)
-        self.suffix = "-gpu" if self.gpu else ""
-        argv = sys.argv[1:] if argv is None else argv
-        self.command = " ".join([f"python -m experiments.{name}", *argv])
-        self.begin = time.time()
+        self.command = [f"python -m experiments.{name}", *(sys.argv[1:] if argv is None else argv)]
 
     def pick(self, cpu, quick, gpu):
         """The size that was asked for."""
@@ -267,73 +322,62 @@ class Lab:
         self.folder.mkdir(parents=True, exist_ok=True)
         return sweep(jobs, self.folder, self.workers)
 
-    def save(self, result, records=(), name=None, config=None):
-        """results/NAME.json: the result, the runs, and what is needed to get them again."""
-        path = self.out / f"{name or self.name}{self.suffix}.json"
-        configs = [r["config"] for r in records if r.get("config")]
-        common = {k: v for k, v in configs[0].items() if all(c.get(k) == v for c in configs)} if configs else {}
-        records = [{k: v for k, v in r.items() if k != "config"} for r in records]        # what differs is in each run's command
-        about = dict(command=self.command, **machine(), seconds=round(time.time() - self.begin), workers=self.workers,
-                     run_seconds=round(sum(r["wall"] for r in records)),        # `seconds` leaves out what was run before
-                     config=config or common)
-        path.write_text(json.dumps(finite(dict(**about, result=result, runs=records)), separators=(",", ":"))
-                        .replace('"result":', '\n"result":').replace('"runs":', '\n"runs":')
-                        .replace('{"name":', '\n{"name":') + "\n",
+    def present(self, make, draw=None, name="", curves=()):
+        """make() -> (result, records), kept in NAME.json; draw(plt, result, records) -> a figure,
+        kept in NAME.png. It is given what the file says, so that --redraw draws the same. Of the
+        runs' curves the file has these, of others the means."""
+        path = self.out / f"{slug(name or self.name)}{'-gpu' if self.gpu else ''}.json"
+        if not self.args.redraw:
+            self.save(path, *make(), curves)
+        elif not path.exists():
+            raise InputError(f"{path} is not there: run the command without --redraw first")
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            import matplotlib
+            from PIL import Image  # comes with matplotlib
+        except ImportError:
+            print("no picture: matplotlib is not installed (pip install -e '.[plot]')")
+            draw = None
+        if draw:
+            matplotlib.use("Agg")
+            import matplotlib.pyplot as plt
+            plt.rcParams.update({"figure.constrained_layout.use": True, "legend.fontsize": 7})
+            png = path.with_suffix(".png")
+            draw(plt, saved["result"], saved["runs"]).savefig(png, dpi=100)
+            Image.open(png).convert("RGB").quantize(128).save(png, optimize=True)
+            print(png)
+        return saved["result"]
+
+    def save(self, path, result, records, curves):
+        """The result, a line a run, and what is needed to get them again."""
+        configs = [r["config"] for r in records if r.get("config")] or [{}]
+        common = {k: v for k, v in configs[0].items() if all(c.get(k) == v for c in configs)}
+        spent = round(time.time() - self.begin)              # without what was run before, ...
+        walls = round(sum(r.get("wall", 0) for r in records))                # ... and with it
+        about = dict(command=" ".join(self.command), **machine(), workers=self.workers,
+                     seconds=spent, run_seconds=walls, config=common)
+        about, result, *runs = (json.dumps(x, allow_nan=False) for x in (
+            about, tidy(result), *(tidy(shorter(r, curves)) for r in records)))
+        runs = ",\n".join(runs)
+        path.write_text(f'{about[:-1]},\n"result": {result},\n"runs": [\n{runs}]}}\n',
                         encoding="utf-8")
         print(path)
 
-    def figure(self, rows=1, cols=2, size=(11, 4.2), **kw):
-        """-> (figure, axes), or None and a line that says what to install."""
-        try:
-            import matplotlib
-        except ImportError:
-            print("no picture: matplotlib is not installed (pip install -e '.[plot]')")
-            return None
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        return plt.subplots(rows, cols, figsize=size, constrained_layout=True, squeeze=False, **kw)
 
-    def draw(self, fig, name=None):
-        path = self.out / f"{name or self.name}{self.suffix}.png"
-        fig.savefig(path, dpi=130)
-        print(path)
-
-
-def finite(x):
-    """The same with None for NaN and infinities, which JSON does not know."""
-    if isinstance(x, dict):
-        return {k: finite(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [finite(v) for v in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
-
-
-def band(ax, records, key, label, low=None, window=1, **style):
-    """Mean and range over seeds against the step; a run that broke off ends where it did."""
-    curves = [smooth(r["curves"][key], window) if window > 1 else np.asarray(r["curves"][key], float) for r in records]
-    n = max(map(len, curves))
-    if not n:
-        return
-    y = np.full((len(curves), n), np.nan)
-    for row, c in zip(y, curves):
-        row[:len(c)] = c
-    y = np.maximum(y, low) if low is not None else y
-    seen = ~np.isnan(y).all(0)
-    x, y = np.arange(n)[seen] + window, y[:, seen]
-    line, = ax.plot(x, np.nanmean(y, 0), label=label, **{"lw": 1.6, **style})
-    ax.fill_between(x, np.nanmin(y, 0), np.nanmax(y, 0), color=line.get_color(), alpha=0.12, lw=0)
+def shorter(r, curves):
+    """A record as results/ has it: its command says in what it differs from the common config."""
+    out = {k: v for k, v in r.items() if k not in ("config", "curves", "sources")}
+    if "curves" in r:
+        out["command"] = " ".join(r["command"])
+        out["means"] = {k: middle([r], k) for k in r["curves"] if k not in curves}
+        out["curves"] = {k: c for k, c in r["curves"].items() if k in curves}
+    return out
 
 
 def machine():
     """Versions and hardware, for the files in results/."""
-    processor = platform.processor() or platform.machine()
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        processor = next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    if torch.cuda.is_available():
-        processor += f" and {torch.cuda.get_device_name()}"
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return dict(date=datetime.date.today().isoformat(), machine=f"{os.cpu_count()} cores, {processor}", torch=torch.__version__,
-                numpy=np.__version__, python=platform.python_version(), git=git or None, sources=sources())
+    about, cpu = provenance(Config(), pick_device()), pathlib.Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpu.read_text()) if cpu.exists() else []
+    versions = {k: about[k] for k in ("torch", "numpy", "python", "git", "git_dirty", "device")}
+    return dict(date=datetime.date.today().isoformat(), sources=sources(), **versions,
+                machine=f"{os.cpu_count()} cores, {[*names, platform.machine()][0]}")
