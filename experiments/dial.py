@@ -104,9 +104,10 @@ def draw(plt, result, records):
     for name, s in found.items():
         (length, _, mode), y = name.partition(": "), s["last"]
         both, color = "/" not in mode, f"C{lengths.index(length)}"
-        kl = 10 ** -5.0 if both else of[name]["kl"]
-        left.errorbar([kl], [y["mean"]], [[y["mean"] - y["min"]], [y["max"] - y["mean"]]], capsize=2,
-                      fmt="s" if both else "o", color=color, mfc=color if "/e" in mode else "none")
+        kl = 1e-5 if both else of[name]["kl"]
+        left.vlines(kl, y["min"], y["max"], color=color, lw=1)
+        left.plot([kl], [y["mean"]], "s" if both else "o", color=color,
+                  mfc=color if "/e" in mode else "none")
         left.annotate(mode, (kl, y["mean"]), fontsize=6, xytext=(4, 2), textcoords="offset points")
     for i, d in enumerate(lengths):
         tokens = next(a["tokens"] for name, a in of.items() if name.startswith(d))

@@ -87,7 +87,7 @@ def measure(rollout, logp, scatter):
     where, m = rollout.is_answer, distance(rollout, logp)
     ratio, at = ((logp - rollout.logp).double() * where).cumsum(1), where.cumsum(1) * where
     there = [at == t for t in range(1, int(at.max()) + 1)]
-    there = [w for w in there if w.sum() >= len(where) // 4]    # reached by a quarter of the answers
+    there = [w for w in there if w.sum() >= len(where) // 4]    # in a quarter of the answers
     m["so_far"] = [float(ratio[w].abs().mean()) for w in there]
     # of whole answers, less noisy than the mean of log mu(y) - log pi(y), which is m["seq_kl"]
     m["seq_kl_k3"] = float((torch.expm1(ratio[:, -1]) - ratio[:, -1]).mean())
@@ -112,7 +112,7 @@ def make(lab):
             runs += [dict(name=f"{name} {mode}", **about, **m) for mode, m in of.items()]
             print(f"seed {seed}, {name} model: done", flush=True)
     table = over_seeds(runs, KEYS)
-    show({name: {k: s and s["mean"] for k, s in found.items()} | {"sd of kl_k3": found["kl_k3"]["sd"]}
+    show({name: {k: s and s["mean"] for k, s in found.items()} | {"sd of KL": found["kl_k3"]["sd"]}
           for name, found in table.items()})
     return dict(table=table), runs
 
@@ -135,7 +135,7 @@ def draw_model(axes, name, table, runs):
         return table[f"{name} {rollout}/{train}"]["kl_k3"]
     heat(right, FORMATS, FORMATS, lambda a, b: np.log10(kl(a, b)["mean"] + 1e-17),
          lambda a, b: "{mean:.1e}\n{min:.0e} to {max:.0e}".format(**kl(a, b)), cmap="YlOrRd")
-    left.set(title=f"{name} model: tokens", xlabel="mu, the rollout's probability", ylabel="pi - mu")
+    left.set(title=f"{name} model: tokens", xlabel="mu, as sampled", ylabel="pi - mu")
     left.set_yscale("symlog", linthresh=1e-5)
     middle.set(title="|log pi(y) / mu(y)| up to a token", xlabel="tokens of the answer",
                ylabel="nats, mean over answers", yscale="log")
