@@ -359,7 +359,8 @@ def picture(path, draw, *what):
     import matplotlib.pyplot as plt
     plt.rcParams.update({"figure.constrained_layout.use": True, "legend.fontsize": 7})
     draw(plt, *what).savefig(path, dpi=100)
-    Image.open(path).convert("RGB").quantize(128).save(path, optimize=True)
+    few = Image.open(path).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
+    few.save(path, optimize=True)
     print(path)
 
 
