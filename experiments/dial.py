@@ -11,7 +11,7 @@ by the disagreement; beside each pair stands its twin that rounds the same on bo
 import numpy as np
 
 from experiments.grid import grid, heat, title
-from experiments.lab import GPU, LAB, QUICK, Lab, last, show, spread
+from experiments.lab import Lab, last, show, spread
 from experiments.mismatch import distance, passes, random, trained
 from run.console import run_main
 
@@ -32,7 +32,7 @@ def static(lab):
     """Mismatch without RL: (model, line, mantissa bits, seed), mean gap and KL."""
     rows = []
     for seed in range(lab.seeds):
-        cases = (trained(lab, seed, lab.pick(LAB, QUICK, GPU), lab.pick(128, 16, 128), 8),
+        cases = (trained(lab, seed, lab.pick(128, 16, 128), 8),
                  random(lab, seed, lab.pick(16, 4, 64), lab.pick(2, 2, 8)))
         for model, case in zip(MODELS, cases):
             for name, (exp, bits, training, _) in LINES.items():

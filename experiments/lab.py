@@ -31,7 +31,7 @@ import torch
 from operators.code import fingerprints
 from operators.device import pick_device
 from precision import InputError
-from run.base import find_base
+from run.base import find_base, get_base, load_task
 from run.console import Parser, ranged
 from run.folder import provenance
 from train_rl import Config, parse_config
@@ -310,6 +310,13 @@ class Lab:
     def pick(self, cpu, quick, gpu):
         """The size that was asked for."""
         return quick if self.quick else gpu if self.gpu else cpu
+
+    def base(self, seed, size=None):
+        """The base model that the runs of a seed start from -> (settings, task, model)."""
+        flags = [*self.device(), *(size or self.pick(LAB, QUICK, GPU)), "--seed", str(seed)]
+        cfg = parse_config(flags)[0]
+        env = load_task(cfg)
+        return cfg, env, get_base(cfg, pick_device(cfg.device), env)
 
     def device(self):
         return ["--preset", "gpu"] if self.gpu else ["--preset", "cpu", "--device", "cpu"]

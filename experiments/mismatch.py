@@ -18,11 +18,10 @@ import torch
 from data import draw_problems, stream
 from data.tokenizer import STOP, encode
 from experiments.grid import band, heat
-from experiments.lab import GPU, QUICK, Lab, over_seeds, parts, show
+from experiments.lab import Lab, over_seeds, parts, show
 from model import GPT, GPTConfig
 from operators import numerics
 from operators.device import pick_device
-from run.base import get_base, load_task
 from run.console import run_main
 from run.meter import mismatch
 from sample import Sampler
@@ -36,12 +35,10 @@ KEYS = "logp_gap_mean", "prob_gap_mean", "kl_k3", "seq_kl_k3", "exact_share"
 COLORS = {"bf16/bf16": "C3", "fp16/fp16": "C0", "bf16/fp32": "C1", "fp16/fp32": "C2"}
 
 
-def trained(lab, seed, size, n, group):
+def trained(lab, seed, n, group, size=None):
     """A base model -> (it, n prompts, answers to each, tokens to sample, stop token, settings)."""
-    cfg = parse_config([*lab.device(), *size, "--seed", str(seed)])[0]
-    env = load_task(cfg)
+    cfg, env, model = lab.base(seed, size)
     prompts = [encode(p.prompt) for p in draw_problems(env.task, n, stream(seed, 20))]
-    model = get_base(cfg, pick_device(cfg.device), env)
     return model, prompts, group, env.answer_length, STOP, cfg
 
 
@@ -101,7 +98,7 @@ def measure(rollout, logp, scatter):
 def make(lab):
     n, group, runs = lab.pick(256, 16, 256), lab.pick(8, 4, 8), []
     for seed in range(lab.seeds):
-        cases = dict(trained=trained(lab, seed, lab.pick(TRAINED, QUICK, GPU), n, group),
+        cases = dict(trained=trained(lab, seed, n, group, lab.pick(TRAINED, None, None)),
                      random=random(lab, seed, n // 4, group))
         for name, case in cases.items():
             of = {mode: measure(*out, seed == 0 and mode in COLORS)
