@@ -66,8 +66,8 @@ def where_they_lie():
     kinds = {kind: x[x > 0] for kind, x in kinds.items()}
     print("\nOne RL step of the default job, "
           f"{'cached base model' if found else 'random weights (no base in the cache yet)'}. Zeros "
-          "are left out.\nlost: rounds to 0 | coarse: subnormal, fewer bits than the format promises "
-          "| fine | inf: beyond the largest")
+          "are left out.\nlost: rounds to 0 | coarse: subnormal, fewer bits than promised | fine | "
+          "inf: beyond the largest")
     show({kind: dict(smallest=float(x.min()), median=float(x.median()), largest=float(x.max()))
           for kind, x in kinds.items()})
     for name in LANDED:

@@ -24,9 +24,7 @@ from data import draw_problems, stream
 from experiments.grid import heat
 from experiments.lab import GPU, LAB, QUICK, Lab, over_seeds, parts, show
 from operators import numerics
-from operators.device import pick_device
 from precision import make_scaler
-from run.base import get_base, load_task
 from run.console import run_main
 from sample import Sampler
 from train_rl import Batch, collect, learn, parse_config
@@ -75,11 +73,10 @@ class Moments:
 
 
 def measure(lab, seed, pairs, batches):
+    cfg, env, model = lab.base(seed)
     size = [*lab.device(), *lab.pick(LAB, QUICK, GPU), "--seed", str(seed)]
     each = {name: parse_config([*size, *flags.split()])[0] for name, flags in NAMES.items()}
-    cfg = each["pg"]
-    device, env = pick_device(cfg.device), load_task(cfg)
-    model, room = get_base(cfg, device, env), env.answer_length
+    device, room = model.embedding.device, env.answer_length
     nums = {f: numerics(f, device, cfg.fast).hold(model.parameters())
             for f in {"fp32", *"/".join(pairs).split("/")}}
     sampler, true = Sampler(model, fast=cfg.fast), Moments()
@@ -90,7 +87,7 @@ def measure(lab, seed, pairs, batches):
             model.use(nums[fmt])
             rollout, rewards = collect(sampler, env, problems, cfg, (seed, 31, i))
             drawn[fmt] = Batch(rollout, advantage=leave_one_out(rewards).flatten().to(device))
-        reference = gradient(model.use(nums["fp32"]), drawn["fp32"], cfg, room)
+        reference = gradient(model.use(nums["fp32"]), drawn["fp32"], each["pg"], room)
         true.add(reference, reference * 0)
         for (name, pair), m in moments.items():
             rollout, training, _ = parts(pair)

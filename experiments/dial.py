@@ -11,7 +11,7 @@ by the disagreement; beside each pair stands its twin that rounds the same on bo
 import numpy as np
 
 from experiments.grid import grid, heat, title
-from experiments.lab import GPU, LAB, QUICK, Lab, last, show, spread
+from experiments.lab import Lab, last, show, spread
 from experiments.mismatch import distance, passes, random, trained
 from run.console import run_main
 
@@ -32,7 +32,7 @@ def static(lab):
     """Mismatch without RL: (model, line, mantissa bits, seed), mean gap and KL."""
     rows = []
     for seed in range(lab.seeds):
-        cases = (trained(lab, seed, lab.pick(LAB, QUICK, GPU), lab.pick(128, 16, 128), 8),
+        cases = (trained(lab, seed, lab.pick(128, 16, 128), 8),
                  random(lab, seed, lab.pick(16, 4, 64), lab.pick(2, 2, 8)))
         for model, case in zip(MODELS, cases):
             for name, (exp, bits, training, _) in LINES.items():
@@ -104,9 +104,10 @@ def draw(plt, result, records):
     for name, s in found.items():
         (length, _, mode), y = name.partition(": "), s["last"]
         both, color = "/" not in mode, f"C{lengths.index(length)}"
-        kl = 10 ** -5.0 if both else of[name]["kl"]
-        left.errorbar([kl], [y["mean"]], [[y["mean"] - y["min"]], [y["max"] - y["mean"]]], capsize=2,
-                      fmt="s" if both else "o", color=color, mfc=color if "/e" in mode else "none")
+        kl = 1e-5 if both else of[name]["kl"]
+        left.vlines(kl, y["min"], y["max"], color=color, lw=1)
+        left.plot([kl], [y["mean"]], "s" if both else "o", color=color,
+                  mfc=color if "/e" in mode else "none")
         left.annotate(mode, (kl, y["mean"]), fontsize=6, xytext=(4, 2), textcoords="offset points")
     for i, d in enumerate(lengths):
         tokens = next(a["tokens"] for name, a in of.items() if name.startswith(d))

@@ -74,7 +74,7 @@ def story(fmt, operators):
     raw = next((op for op in operators if op.differ_raw or op.differ), None)
     if raw is None:
         return print(f"{fmt}: no bit differs in these passes")
-    known = raw.full_raw is not None                     # not where the hardware rounds as it writes
+    known = raw.full_raw is not None                 # not where the hardware rounds as it writes
     one, two = (raw.cached_raw, raw.full_raw) if known else (raw.cached, raw.full)
     at = tuple((one != two).nonzero()[0])
     print(f"{fmt}: the first differing bit is in {raw.where}, {raw.name}. One of its numbers is\n"
@@ -117,8 +117,8 @@ def main():
     print("\nEXACT")
     for fmt, ops in runs[True].items():
         wrong = [op for op in ops if op.differ or op.differ_raw]
-        print(f"  {fmt}: {len(ops) - len(wrong)} of {len(ops)} operators give the same bits in both "
-              "passes" + "".join(f"; not so {op.where}, {op.name}" for op in wrong[:1]))
+        print(f"  {fmt}: {len(ops) - len(wrong)} of {len(ops)} operators give the same bits in "
+              "both passes" + "".join(f"; not so {op.where}, {op.name}" for op in wrong[:1]))
     show({fmt: {kind + text: f"{gaps[fmt + end][key]:{spec}}"
                 for kind, end in (("", ""), ("exact: ", " exact"))
                 for text, (key, spec) in GAPS.items()} for fmt in FORMATS}, "log-probs")

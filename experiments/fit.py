@@ -24,15 +24,17 @@ from model import GPT, GPTConfig
 from run.console import run_main
 from run.memory import peak_memory
 
-BIG = GPTConfig(vocab_size=151_936, n_layers=24, width=896, n_heads=14, n_kv_heads=2, mlp_width=4864,
-                context=4096, rope_theta=1e6, qkv_bias=True, tied_head=True)
+BIG = GPTConfig(vocab_size=151_936, n_layers=24, width=896, n_heads=14, n_kv_heads=2, context=4096,
+                mlp_width=4864, rope_theta=1e6, qkv_bias=True, tied_head=True)
 BIGGER = dataclasses.replace(BIG, n_layers=28, width=1536, n_heads=12, mlp_width=8960)
 SMALL = dataclasses.replace(BIG, vocab_size=TOKENIZER.n_vocab, n_layers=3, width=64, n_heads=4,
                             mlp_width=96)
 # name: shape, flags, the most that it may take, GiB
-ROWS = {"0.5B, all weights": (BIG, [], 24), "1.5B, LoRA rank 32": (BIGGER, ["--lora-rank", "32"], 24),
-        "1.5B, all weights": (BIGGER, [], 80)}
-TINY = {"tiny, all weights": (SMALL, [], None), "tiny, LoRA rank 4": (SMALL, ["--lora-rank", "4"], None)}
+ROWS = {"0.5B, all weights": (BIG, "", 24), "1.5B, LoRA rank 32": (BIGGER, "--lora-rank 32", 24),
+        "1.5B, all weights": (BIGGER, "", 80)}
+TINY = {"tiny, all weights": (SMALL, "", 1), "tiny, LoRA rank 4": (SMALL, "--lora-rank 4", 1)}
+SIZE = "--prompts 64 --group 8 --max-answer 512"
+TINY_SIZE = "--prompts 4 --group 4 --max-answer 24"
 
 
 def child(folder, flags):
@@ -52,23 +54,19 @@ def child(folder, flags):
     print(json.dumps(dict(peak_mib=round(peak_memory(device)), **{k: last[k] for k in keys})))
 
 
-def checkpoint(folder, shape):
-    """A checkpoint of this shape, random, in bf16, its tokens bytes."""
-    weights.save(folder, GPT(shape, seed=0), "bf16")
-    if not (folder / "tokenizer.json").exists():        # a large vocabulary, bytes are its beginning
-        config = json.loads((folder / "config.json").read_text()) | weights.byte_tokenizer(folder)
-        (folder / "config.json").write_text(json.dumps(config))
-
-
 def measure(shape, flags, limit):
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint(pathlib.Path(folder) / "model", shape)
-        done = subprocess.run([sys.executable, "-m", "experiments.fit", "--child", f"{folder}/model",
-                               *flags], cwd=ROOT, capture_output=True, text=True)
+        model = pathlib.Path(folder) / "model"
+        weights.save(model, GPT(shape, seed=0), "bf16")
+        if not (model / "tokenizer.json").exists():        # bytes, a part of a large vocabulary
+            config = json.loads((model / "config.json").read_text()) | weights.byte_tokenizer(model)
+            (model / "config.json").write_text(json.dumps(config))
+        command = [sys.executable, "-m", "experiments.fit", "--child", str(model), *flags]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        return dict(failed=(done.stderr.strip().splitlines() or ["no message"])[-1], limit_gib=limit)
+        return dict(failed=(done.stderr.strip().splitlines() or ["no message"])[-1])
     r = json.loads(done.stdout.strip().splitlines()[-1])
-    return dict(r, limit_gib=limit, fits=limit is None or r["peak_mib"] <= 1024 * limit)
+    return dict(r, limit_gib=limit, fits=r["peak_mib"] <= 1024 * limit)
 
 
 def main(argv=None):
@@ -76,15 +74,13 @@ def main(argv=None):
     if argv[:1] == ["--child"]:
         return child(argv[1], argv[2:])
     lab = Lab("fit", __doc__, argv)
-    small, large = ("--prompts 4 --group 4 --max-answer 24".split(),
-                    "--prompts 64 --group 8 --max-answer 512".split())
-    flags = [*lab.pick(small, small, large), *lab.device()]
+    size = [*lab.pick(TINY_SIZE, TINY_SIZE, SIZE).split(), *lab.device()]
 
     def make():
-        rows = {name: measure(shape, [*flags, *own], limit)
-                for name, (shape, own, limit) in lab.pick(TINY, TINY, ROWS).items()}
+        rows = {name: measure(shape, [*size, *flags.split()], limit)
+                for name, (shape, flags, limit) in lab.pick(TINY, TINY, ROWS).items()}
         show(rows)
-        return dict(rows=rows, flags=flags), []
+        return dict(rows=rows, size=size), []
     lab.present(make)
 
 

@@ -57,7 +57,7 @@ def grid(lab, rows={"": ""}, modes=("",), flags="", job=None, compare=(),  # noq
 
 def line(s):
     """A summary as cells."""
-    return {"": f"{s['failed']} failed".ljust(12) if s["failed"] else "",
+    return {"": f"{s['failed']} failed".ljust(10) if s["failed"] else "",
             "accuracy": s["accuracy"] and s["accuracy"]["mean"],
             "sd": s["accuracy"] and s["accuracy"]["sd"],
             "as trained": s["accuracy_train"] and s["accuracy_train"]["mean"],

@@ -12,7 +12,6 @@ whatever their formats. A run is not done again if its command and the program's
 they were. One that fails is an outcome, and counted. Seeds are 0 to N-1, none is left out.
 """
 import datetime
-import hashlib
 import json
 import math
 import os
@@ -29,9 +28,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from operators.code import fingerprints
 from operators.device import pick_device
 from precision import InputError
-from run.base import find_base
+from run.base import find_base, get_base, load_task
 from run.console import Parser, ranged
 from run.folder import provenance
 from train_rl import Config, parse_config
@@ -78,12 +78,8 @@ def formats(mode):
 
 
 def sources():
-    """A hash of everything that a run's numbers come from."""
-    h = hashlib.sha256()
-    for pattern in ("*.py", "data/*.py", "run/*.py", "operators/*.*"):
-        for path in sorted(ROOT.glob(pattern)):
-            h.update(path.read_bytes())
-    return h.hexdigest()[:16]
+    """A hash of all code that a run's numbers come from."""
+    return fingerprints("*.py", "data/*.py", "run/*.py", "operators/*.py", "operators/*.c")
 
 
 def slug(text):
@@ -265,12 +261,12 @@ def over_seeds(records, keys):
 
 def show(table, title=""):
     """{row: {column: text or number}}, printed; None is what no run came far enough to have."""
-    first = max(map(len, (title, *table))) + 2
+    first = max(map(len, (title, *table))) + 3
     columns = dict.fromkeys(c for cells in table.values() for c in cells)
-    print(f"\n{title:{first}}" + "".join(f" {c:>12}" for c in columns))
+    print(f"\n{title:{first}}" + "  ".join(f"{c:>10}" for c in columns))
     for row, cells in table.items():
-        texts = (short(cells.get(c, "")) for c in columns)
-        print(f"{row:{first}}" + "".join(f" {x:>12}" for x in texts))
+        texts = (f"{short(cells.get(c, '')):>{max(10, len(c))}}" for c in columns)
+        print(f"{row:{first}}" + "  ".join(texts))
 
 
 def short(x):
@@ -315,6 +311,13 @@ class Lab:
         """The size that was asked for."""
         return quick if self.quick else gpu if self.gpu else cpu
 
+    def base(self, seed, size=None):
+        """The base model that the runs of a seed start from -> (settings, task, model)."""
+        flags = [*self.device(), *(size or self.pick(LAB, QUICK, GPU)), "--seed", str(seed)]
+        cfg = parse_config(flags)[0]
+        env = load_task(cfg)
+        return cfg, env, get_base(cfg, pick_device(cfg.device), env)
+
     def device(self):
         return ["--preset", "gpu"] if self.gpu else ["--preset", "cpu", "--device", "cpu"]
 
@@ -332,20 +335,8 @@ class Lab:
         elif not path.exists():
             raise InputError(f"{path} is not there: run the command without --redraw first")
         saved = json.loads(path.read_text(encoding="utf-8"))
-        try:
-            import matplotlib
-            from PIL import Image  # comes with matplotlib
-        except ImportError:
-            print("no picture: matplotlib is not installed (pip install -e '.[plot]')")
-            draw = None
         if draw:
-            matplotlib.use("Agg")
-            import matplotlib.pyplot as plt
-            plt.rcParams.update({"figure.constrained_layout.use": True, "legend.fontsize": 7})
-            png = path.with_suffix(".png")
-            draw(plt, saved["result"], saved["runs"]).savefig(png, dpi=100)
-            Image.open(png).convert("RGB").quantize(128).save(png, optimize=True)
-            print(png)
+            picture(path.with_suffix(".png"), draw, saved["result"], saved["runs"])
         return saved["result"]
 
     def save(self, path, result, records, curves):
@@ -362,6 +353,22 @@ class Lab:
         path.write_text(f'{about[:-1]},\n"result": {result},\n"runs": [\n{runs}]}}\n',
                         encoding="utf-8")
         print(path)
+
+
+def picture(path, draw, *what):
+    """draw(plt, *what) -> a figure, kept as PNG with a palette: a third of the size."""
+    try:
+        import matplotlib
+        from PIL import Image  # comes with matplotlib
+    except ImportError:
+        return print("no picture: matplotlib is not installed (pip install -e '.[plot]')")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"figure.constrained_layout.use": True, "legend.fontsize": 7})
+    draw(plt, *what).savefig(path, dpi=100)
+    few = Image.open(path).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
+    few.save(path, optimize=True)
+    print(path)
 
 
 def shorter(r, curves):

@@ -14,12 +14,9 @@ import torch
 
 from experiments.anatomy import one_step
 from experiments.grid import grid, panel
-from experiments.lab import GPU, LAB, QUICK, Lab, spread
-from operators.device import pick_device
+from experiments.lab import Lab, spread
 from precision import parse_format
-from run.base import get_base, load_task
 from run.console import run_main
-from train_rl import parse_config
 
 LOW, HIGH = -80, 20                                             # exponents of 2 that are told apart
 TF32 = "tf32, no scale"
@@ -27,11 +24,10 @@ SCALED = {f"{fmt}, scale 2^{k}": f"--precision {fmt} --init-scale {2 ** k}"
           for fmt, scales in (("fp16", (0, 4, 8, 16)), ("e4m10", (0, 10))) for k in scales}
 
 
-def exponents(cfg):
+def exponents(cfg, env, model):
     """Counts of floor(log2 |x|) from LOW on, over the gradients of all activations of one update;
     the first place counts zeros."""
-    env = load_task(cfg)
-    x = one_step(get_base(cfg, pick_device(cfg.device), env), env, cfg, cfg.seed)["backward"]
+    x = one_step(model, env, cfg, cfg.seed)["backward"]
     e = torch.where(x == 0, LOW - 1.0, x.log2().floor().clamp(LOW, HIGH - 1)).long() - LOW + 1
     return torch.bincount(e, minlength=HIGH - LOW + 1).cpu().numpy()
 
@@ -66,8 +62,7 @@ def main(argv=None):
     lab = Lab("loss_scale", __doc__, argv)
 
     def told(records, summary):
-        size = [*lab.device(), *lab.pick(LAB, QUICK, GPU)]
-        counts = [exponents(parse_config([*size, "--seed", str(s)])[0]) for s in range(lab.seeds)]
+        counts = [exponents(*lab.base(seed)) for seed in range(lab.seeds)]
         share = {f: {k: spread([lost(c, k, parse_format(f)) for c in counts])
                      for k in range(-24, 33, 4)} for f in ("fp16", "bf16")}
         zeros = np.sum(counts, 0)[0] / np.sum(counts)

@@ -18,11 +18,10 @@ import torch
 from data import draw_problems, stream
 from data.tokenizer import STOP, encode
 from experiments.grid import band, heat
-from experiments.lab import GPU, QUICK, Lab, over_seeds, parts, show
+from experiments.lab import Lab, over_seeds, parts, show
 from model import GPT, GPTConfig
 from operators import numerics
 from operators.device import pick_device
-from run.base import get_base, load_task
 from run.console import run_main
 from run.meter import mismatch
 from sample import Sampler
@@ -36,12 +35,10 @@ KEYS = "logp_gap_mean", "prob_gap_mean", "kl_k3", "seq_kl_k3", "exact_share"
 COLORS = {"bf16/bf16": "C3", "fp16/fp16": "C0", "bf16/fp32": "C1", "fp16/fp32": "C2"}
 
 
-def trained(lab, seed, size, n, group):
+def trained(lab, seed, n, group, size=None):
     """A base model -> (it, n prompts, answers to each, tokens to sample, stop token, settings)."""
-    cfg = parse_config([*lab.device(), *size, "--seed", str(seed)])[0]
-    env = load_task(cfg)
+    cfg, env, model = lab.base(seed, size)
     prompts = [encode(p.prompt) for p in draw_problems(env.task, n, stream(seed, 20))]
-    model = get_base(cfg, pick_device(cfg.device), env)
     return model, prompts, group, env.answer_length, STOP, cfg
 
 
@@ -87,7 +84,7 @@ def measure(rollout, logp, scatter):
     where, m = rollout.is_answer, distance(rollout, logp)
     ratio, at = ((logp - rollout.logp).double() * where).cumsum(1), where.cumsum(1) * where
     there = [at == t for t in range(1, int(at.max()) + 1)]
-    there = [w for w in there if w.sum() >= len(where) // 4]    # reached by a quarter of the answers
+    there = [w for w in there if w.sum() >= len(where) // 4]    # in a quarter of the answers
     m["so_far"] = [float(ratio[w].abs().mean()) for w in there]
     # of whole answers, less noisy than the mean of log mu(y) - log pi(y), which is m["seq_kl"]
     m["seq_kl_k3"] = float((torch.expm1(ratio[:, -1]) - ratio[:, -1]).mean())
@@ -101,7 +98,7 @@ def measure(rollout, logp, scatter):
 def make(lab):
     n, group, runs = lab.pick(256, 16, 256), lab.pick(8, 4, 8), []
     for seed in range(lab.seeds):
-        cases = dict(trained=trained(lab, seed, lab.pick(TRAINED, QUICK, GPU), n, group),
+        cases = dict(trained=trained(lab, seed, n, group, lab.pick(TRAINED, None, None)),
                      random=random(lab, seed, n // 4, group))
         for name, case in cases.items():
             of = {mode: measure(*out, seed == 0 and mode in COLORS)
@@ -112,7 +109,7 @@ def make(lab):
             runs += [dict(name=f"{name} {mode}", **about, **m) for mode, m in of.items()]
             print(f"seed {seed}, {name} model: done", flush=True)
     table = over_seeds(runs, KEYS)
-    show({name: {k: s and s["mean"] for k, s in found.items()} | {"sd of kl_k3": found["kl_k3"]["sd"]}
+    show({name: {k: s and s["mean"] for k, s in found.items()} | {"sd of KL": found["kl_k3"]["sd"]}
           for name, found in table.items()})
     return dict(table=table), runs
 
@@ -135,7 +132,7 @@ def draw_model(axes, name, table, runs):
         return table[f"{name} {rollout}/{train}"]["kl_k3"]
     heat(right, FORMATS, FORMATS, lambda a, b: np.log10(kl(a, b)["mean"] + 1e-17),
          lambda a, b: "{mean:.1e}\n{min:.0e} to {max:.0e}".format(**kl(a, b)), cmap="YlOrRd")
-    left.set(title=f"{name} model: tokens", xlabel="mu, the rollout's probability", ylabel="pi - mu")
+    left.set(title=f"{name} model: tokens", xlabel="mu, as sampled", ylabel="pi - mu")
     left.set_yscale("symlog", linthresh=1e-5)
     middle.set(title="|log pi(y) / mu(y)| up to a token", xlabel="tokens of the answer",
                ylabel="nats, mean over answers", yscale="log")

@@ -19,12 +19,10 @@ from data.tokenizer import encode
 from experiments.grid import grid
 from experiments.lab import Lab
 from operators import numerics
-from operators.device import pick_device
 from precision import parse_format
-from run.base import find_base, get_base, gpt_config, load_task
+from run.base import find_base
 from run.checkpoint import save_checkpoint
 from run.console import run_main
-from train_rl import parse_config
 
 CASES = {
     "fp16": "--precision fp16",
@@ -37,17 +35,18 @@ CASES = {
 }
 
 
-def grown(folder, cfg, k):
+def grown(lab, seed, k):
     """A cache of its own with the same base model, its residual stream 2^k times as large -> its
     path, the largest activation."""
-    device, env, cache = pick_device(cfg.device), load_task(cfg), folder / f"x{k}-seed{cfg.seed}"
-    model, path = get_base(cfg, device, env), find_base(cfg, device, env)[1]
+    (cfg, env, model), cache = lab.base(seed), lab.folder / f"x{k}-seed{seed}"
+    device = model.embedding.device
+    path = find_base(cfg, device, env)[1]
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name == "embedding" or name.endswith((".proj", ".down")):
                 p *= 2.0 ** k
     save_checkpoint(cache / path.parent.name / path.name, model,
-                    config=dataclasses.asdict(gpt_config(cfg, env)))
+                    config=dataclasses.asdict(model.cfg))
     for library in path.parent.parent.glob("*.s*"):                    # need not be compiled again
         shutil.copy(library, cache)
     num, largest = numerics("fp32", device), []
@@ -65,8 +64,7 @@ def main(argv=None):
         if "stream x" not in job.name:
             return job
         k = int(job.name.rpartition("^")[2])
-        cfg = parse_config([*job.flags, "--seed", str(job.seed)])[0]
-        cache, largest[k] = grown(lab.folder, cfg, k)
+        cache, largest[k] = grown(lab, job.seed, k)
         return dataclasses.replace(job, env=(("TENBIT_CACHE", str(cache)),))
 
     def told(records, summary):

@@ -1,6 +1,6 @@
 """The default job over many seeds: how often does it PASS, how long does it take?
 
-    python -m experiments.seeds                   # seeds 0 to 9, cold: each makes its own base model
+    python -m experiments.seeds                  # seeds 0 to 9, cold: each makes its own base model
     python -m experiments.seeds --seeds 3 --precision bf16
 
 Every flag that is not the runner's goes to train_rl.py. One run at a time, with all cores, in an

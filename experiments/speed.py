@@ -1,14 +1,14 @@
-"""How fast beside the peers: this program, Hugging Face `generate` and TRL's GRPOTrainer, turn by turn.
+"""How fast beside the peers: Hugging Face `generate` and TRL's GRPOTrainer, turn by turn?
 
-    python -m experiments.speed                        # every size that fits, about 30 minutes on two cores
-    python -m experiments.speed --sizes 0.9M           # the default model alone
-    python -m experiments.speed --only modes           # of rollout, step, modes, scaling, memory
+    python -m experiments.speed                 # every size that fits, 30 minutes on two cores
+    python -m experiments.speed --sizes 0.9M    # the default model alone
+    python -m experiments.speed --only modes    # of rollout, step, modes, scaling, memory
 
 All contenders get the same weights (checked: their logits agree), prompts, number of new tokens and
-seeds, and none stops early. They take turns A B C A B C in one process, so that a slow minute hits all of
-them; the first turn warms up. Figures are medians, ratios the median of the ratios turn by turn. The
-machine's own limits are measured between the turns: the matrix product's FLOP/s, and on a GPU the
-memory's bytes/s. What needs a package that is not here, or a GPU, is left out and named. The last line is
+seeds, and none stops early. They take turns A B C A B C in one process, so that a slow minute hits
+all of them. Figures are medians, ratios the median of the ratios turn by turn. The machine's own
+limits are measured between the turns: the matrix product's FLOP/s, and on a GPU the memory's
+bytes/s. What needs a package that is not here, or a GPU, is left out and named. The last line is
 one JSON object; results/ gets it with --out.
 """
 import argparse
@@ -16,22 +16,22 @@ import gc
 import json
 import os
 import pathlib
-import platform
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 
 import numpy as np
 import torch
 
-from experiments.bench import STAGES, Size, Work, gemm_peak, now, ratio, row, seconds, take_turns, tell
+from experiments.bench import STAGES, Size, Work, race, timed
+from experiments.lab import machine, picture, show
 from hf import weights
 from model import GPT, GPTConfig
 from operators import numerics, why_plain
 from operators.device import pick_device
 from run.console import Parser, ranged, run_main
-from run.lines import say
 from run.memory import peak_memory
 
 PARTS = "rollout", "step", "modes", "scaling", "memory"
@@ -40,15 +40,15 @@ MODES = ("fp32", "bf16", "fp16", "fp32 exact", "bf16 exact", "fp16 exact", "fp16
 
 
 def sizes(gpu):
-    """The default model; 25 M; GPT-2's shape; Qwen2.5-0.5B's shape. A CPU gets fewer rows of the large
-    ones, to finish."""
+    """The default model; 25 M; GPT-2's shape; Qwen2.5-0.5B's shape. A CPU gets fewer rows of the
+    large ones, to finish."""
     default = GPTConfig(vocab_size=258, context=64)
     m25 = GPTConfig(vocab_size=258, n_layers=8, width=512, n_heads=8, n_kv_heads=4, mlp_width=1408,
                     context=256)
-    gpt2 = GPTConfig(vocab_size=50257, n_layers=12, width=768, n_heads=12, n_kv_heads=12, mlp_width=2048,
-                     context=512, tied_head=True)
-    qwen = GPTConfig(vocab_size=151936, n_layers=24, width=896, n_heads=14, n_kv_heads=2, mlp_width=4864,
-                     context=512, rope_theta=1e6, qkv_bias=True, tied_head=True)
+    gpt2 = GPTConfig(vocab_size=50257, n_layers=12, width=768, n_heads=12, n_kv_heads=12,
+                     mlp_width=2048, context=512, tied_head=True)
+    qwen = GPTConfig(vocab_size=151936, n_layers=24, width=896, n_heads=14, n_kv_heads=2,
+                     mlp_width=4864, context=512, rope_theta=1e6, qkv_bias=True, tied_head=True)
     if gpu:
         return {"0.9M": Size(default, 32, 8, 33, 256), "25M": Size(m25, 64, 32, 200, 256),
                 "124M": Size(gpt2, 32, 64, 256, 64), "0.5B": Size(qwen, 32, 64, 256, 32)}
@@ -61,7 +61,7 @@ def sizes(gpu):
 
 
 def to_transformers(model):
-    """The same weights as a transformers model, FP32: what sample.py --save leaves, loaded by it."""
+    """The same weights as a transformers model, FP32: what sample.py --save leaves, loaded."""
     from transformers import AutoModelForCausalLM
     with tempfile.TemporaryDirectory() as folder:
         weights.save(pathlib.Path(folder) / "model", model)
@@ -81,59 +81,63 @@ def agrees(model, peer):
     return float((ours - theirs).abs().max() / theirs.abs().max())
 
 
-def generate_with(peer, size, cache):
-    ids = torch.tensor(size.texts(), device=peer.device).repeat_interleave(size.group, 0)
+class Generate:
+    """transformers' generate, a contender."""
 
-    def run(seed):
+    def __init__(self, peer, size, cache):
+        self.peer, self.size, self.stages = peer, size, (self.run,)
+        self.ids = torch.tensor(size.texts(), device=peer.device).repeat_interleave(size.group, 0)
+        self.settings = dict(attention_mask=torch.ones_like(self.ids), do_sample=True, top_k=0,
+                             temperature=1.0, top_p=1.0, max_new_tokens=size.new,
+                             min_new_tokens=size.new, cache_implementation=cache)
+
+    def run(self, seed):
         torch.manual_seed(seed)
         with torch.inference_mode():
-            out = peer.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0,
-                                top_k=0, top_p=1.0, max_new_tokens=size.new, min_new_tokens=size.new,
-                                cache_implementation="static" if cache == "static" else None)
-        assert out.shape == (len(ids), ids.shape[1] + size.new)
-    return run
+            out = self.peer.generate(self.ids, **self.settings)
+        assert out.shape == (self.size.rows, self.size.prompt + self.size.new)
 
 
-def trl_steps(peer, size, turns, work):
-    """Seconds (turns, 1) of whole GRPOTrainer steps on `peer`, and of work's between them: A B A B."""
+def trl_steps(peer, work, turns):
+    """Seconds of whole GRPOTrainer steps on `peer`, and of work's own between them: A B A B."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
-    V, rows, cpu = size.gpt.vocab_size, size.prompts * size.group, peer.device.type == "cpu"
+    size, cpu, theirs, ours, lengths = work.size, peer.device.type == "cpu", [], [], []
+    V = size.gpt.vocab_size
     words = Tokenizer(models.WordLevel({str(i): i for i in range(V)}, unk_token=str(V - 1)))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token=str(V - 1),
                                         eos_token=str(V - 2), padding_side="left")
     prompts = [" ".join(map(str, p)) for p in size.texts()] * (turns + 2)
-    theirs, ours, lengths = [], [], []
 
     def reward(completion_ids, **_):
         lengths.extend(map(len, completion_ids))
         return [float(sum(c) % 2) for c in completion_ids]
 
     class Turns(TrainerCallback):
-        def on_step_begin(self, args, state, control, **_):
-            self.begin = now(peer.device)
+        def on_step_begin(self, *_, **__):
+            timed([], 0, peer.device)                                  # waits for the GPU
+            self.begin = time.perf_counter()
 
-        def on_step_end(self, args, state, control, **_):
-            theirs.append([now(peer.device) - self.begin])
-            begin = now(peer.device)
-            for stage in work.stages:
-                stage(len(ours))
-            ours.append([now(peer.device) - begin])
+        def on_step_end(self, *_, **__):
+            timed([], 0, peer.device)
+            theirs.append(time.perf_counter() - self.begin)
+            ours.append(timed(work.stages, len(ours), peer.device).sum())
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
         config = GRPOConfig(
-            output_dir=folder, max_steps=turns + 1, per_device_train_batch_size=rows,
-            num_generations=size.group, max_completion_length=size.new,
-            generation_kwargs=dict(min_new_tokens=size.new), temperature=1.0, top_p=1.0, top_k=0, beta=0.0,
-            loss_type="dr_grpo", scale_rewards="none", learning_rate=1e-6, use_cpu=cpu, bf16=False,
-            fp16=not cpu, gradient_checkpointing=False, report_to=[], logging_strategy="no",
-            save_strategy="no", disable_tqdm=True, disable_dropout=True, seed=0, dataloader_pin_memory=False)
-        GRPOTrainer(peer, reward, args=config, train_dataset=Dataset.from_dict(dict(prompt=prompts)),
-                    processing_class=tokenizer, callbacks=[Turns()]).train()
-    assert set(lengths) == {size.new} and len(lengths) == rows * (turns + 1), "TRL made other tokens"
+            output_dir=folder, max_steps=turns + 1, per_device_train_batch_size=size.rows,
+            num_generations=size.group, max_completion_length=size.new, temperature=1.0, top_p=1.0,
+            generation_kwargs=dict(min_new_tokens=size.new), top_k=0, beta=0.0, bf16=False,
+            fp16=not cpu, use_cpu=cpu, loss_type="dr_grpo", scale_rewards="none", seed=0,
+            learning_rate=1e-6, gradient_checkpointing=False, disable_dropout=True, report_to=[],
+            logging_strategy="no", save_strategy="no", disable_tqdm=True,
+            dataloader_pin_memory=False)
+        GRPOTrainer(peer, reward, args=config, processing_class=tokenizer, callbacks=[Turns()],
+                    train_dataset=Dataset.from_dict(dict(prompt=prompts))).train()
+    assert lengths == [size.new] * size.rows * (turns + 1), "TRL made another number of tokens"
     return np.array(theirs[1:]), np.array(ours[1:])
 
 
@@ -141,64 +145,60 @@ def bandwidth(device):
     """Bytes/s of a copy within the GPU's memory, reads and writes counted."""
     a = torch.empty(1 << 28, dtype=torch.float32, device=device)
     b = torch.empty_like(a)
-    return 2 * a.nbytes / seconds(take_turns({0: [lambda _: b.copy_(a)]}, 5, device)[0])
+    return 2 * a.nbytes / float(np.median(timed([lambda _: b.copy_(a)] * 6, 0, device)[1:]))
 
 
 def decode_bytes(work):
     """Bytes that decoding must read: all weights and the filled KV cache, once a step."""
     s, m = work.size, work.model
-    per_slot = 2 * m.cfg.n_layers * m.cfg.n_kv_heads * m.cfg.head_dim
+    slots = s.rows * (s.prompt + s.new / 2) * 2 * m.cfg.n_layers * m.cfg.n_kv_heads * m.cfg.head_dim
     matrices = sum(p.numel() for p in [*m.blocks.parameters(), m.head] if p.dim() == 2)
-    slots = s.prompts * s.group * (s.prompt + s.new / 2)
-    return (s.new - 1) * work.num.dtype.itemsize * (matrices + slots * per_slot)
+    return (s.new - 1) * (matrices + slots) * work.num.dtype.itemsize
 
 
 def compare(name, size, device, turns, only, missing):
-    """All contenders on one size -> a dict of figures."""
-    model, gpu, peer, peaks = GPT(size.gpt, device, seed=0), device.type == "cuda", None, []
-    report = dict(params=model.n_params(), rows=size.tokens // size.new, prompt=size.prompt, new=size.new)
-    own = {f"tenbit {f}": Work(model, size, f) for f in ("fp32", "fp16", *["bf16"] * gpu)}
-    half, base = own["tenbit fp16"], "tenbit fp16" if gpu else "tenbit fp32"
-    if size.step:
+    """This program and its peers on one size -> a dict of figures."""
+    model, gpu, peer = GPT(size.gpt, device, seed=0), device.type == "cuda", None
+    formats = ("fp16", "bf16", "fp32") if gpu else ("fp32", "fp16")
+    own = {f"tenbit {f}": Work(model, size, f) for f in formats}
+    steps = "step" in only and size.step
+    if steps:
         own["tenbit fp16, --no-fast"] = Work(model, size, "fp16", fast=False)
-    else:
-        missing.add(f"{name}: no whole step, weights, gradients and AdamW of two models at once take too "
-                    "much memory")
+    if not size.step:
+        missing.add(f"{name}: no whole step, weights, gradients and AdamW of two models at once "
+                    "take too much memory")
+    for work in own.values():
+        work.stages = work.stages if steps else work.stages[:1]
+    report = dict(params=model.n_params(), rows=size.rows, prompt=size.prompt, new=size.new)
+    peers = {}
     try:
         peer = to_transformers(model)
+        model.use(own["tenbit fp32"].num)
+        report["logits_differ"] = agrees(model, peer)
+        assert report["logits_differ"] < 1e-3, f"not the same model: {report['logits_differ']:.1e}"
+        if "rollout" in only:
+            peer = peer.half() if gpu else peer
+            peers = {f"generate, {cache or 'dynamic'} cache": Generate(peer, size, cache)
+                     for cache in (None, "static")}
     except ImportError:
         missing.add("transformers is not installed: no rows of generate")
-    for part in PARTS[:2] if size.step else PARTS[:1]:
-        if part not in only:
-            continue
-        contenders = {n: w.stages if part == "step" else w.stages[:1] for n, w in own.items()}
-        if peer is not None and part == "rollout":
-            model.use(own["tenbit fp32"].num)
-            report["logits_differ"] = agrees(model, peer)
-            assert report["logits_differ"] < 1e-3, f"not the same model: {report['logits_differ']:.1e}"
-            peer.half() if gpu else peer.float()
-            contenders |= {f"generate, {cache} cache": [generate_with(peer, size, cache)]
-                           for cache in ("dynamic", "static")}
-        times = take_turns(contenders, turns, device,
-                           lambda: peaks.append(gemm_peak(device, half.num.dtype)))
-        if peer is not None and part == "step":
-            try:
-                theirs, ours = trl_steps(peer.float(), size, turns, half)
-                times |= {"TRL GRPOTrainer": theirs, "tenbit fp16, between": ours}
-                report["trl_ratio"] = ratio(theirs, ours)
-            except ImportError as e:
-                missing.add(f"{e.name} is not installed: no rows of TRL")
-        report["gemm_peak"] = peak = float(np.median(peaks))
-        rows = report[part] = {n: row(t, size, own.get(n), n in own and peak) for n, t in times.items()}
-        for n, r in rows.items():
-            r[f"over_{base[7:]}"] = ratio(times[n], times[base])
-            if gpu and part == "rollout" and n in own:
-                report.setdefault("bandwidth", bandwidth(device))
-                r["read_share"] = decode_bytes(own[n]) / r["seconds"] / report["bandwidth"]
-        tell(f"{name}, {report['rows']} answers of {size.new} tokens, {part}", rows)
-    report["peak_memory_mib"] = peak_memory(device)
-    say("".join(f"{k} {report[k]:.3g}   " for k in report if type(report[k]) is float))
-    return report
+    rows, report["gemm_peak"] = race(own | peers, turns, device)
+    if gpu:
+        report["bandwidth"] = bandwidth(device)
+        for n, work in own.items():
+            rows[n]["rollout_read_share"] = (decode_bytes(work) / rows[n]["rollout_s"]
+                                             / report["bandwidth"])
+    show(rows, f"{name}, {size.rows} answers of {size.new} tokens")
+    if peer is not None and steps:
+        try:
+            theirs, ours = trl_steps(peer.float(), own["tenbit fp16"], turns)
+            rows["TRL GRPOTrainer"] = dict(step_s=float(np.median(theirs)))
+            report["trl_over_fp16"] = float(np.median(theirs / ours))
+            print(f"a step of TRL takes {np.median(theirs):.3g} s, tenbit's in fp16 between these "
+                  f"{np.median(ours):.3g} s, {report['trl_over_fp16']:.2f} times as fast")
+        except ImportError as e:
+            missing.add(f"{e.name} is not installed: no rows of TRL")
+    return dict(report, contenders=rows, peak_memory_mib=peak_memory(device))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -207,26 +207,26 @@ def compare(name, size, device, turns, only, missing):
 
 def in_mode(size, device, mode):
     fmt, *words = mode.split()
-    return Work(GPT(size.gpt, device, seed=0), size, fmt, "--no-fast" not in words, "exact" in words)
+    model = GPT(size.gpt, device, seed=0)
+    return Work(model, size, fmt, "--no-fast" not in words, "exact" in words)
 
 
 def modes(name, size, device, turns):
-    """Whole GRPO steps in each mode, turn by turn, and the peak memory of a process that does two."""
-    times = take_turns({m: in_mode(size, device, m).stages for m in MODES}, turns, device)
-    report = {}
-    for m, t in times.items():
-        ordinary, peak = m.replace(" exact", ""), probe(m, device, name)["peak_mib"]
-        report[m] = row(t, size) | dict(over_fp32=ratio(t, times["fp32"]), peak_mib=peak,
-                                        over_ordinary=ratio(t, times[ordinary]))
-        report[m]["memory_ratio"] = peak / report[ordinary]["peak_mib"]     # to the ordinary twin's
-    tell(f"{name}, whole steps", report)
-    return report
+    """Whole GRPO steps in each mode, and the peak memory of a process that does two of them."""
+    rows, _ = race({mode: in_mode(size, device, mode) for mode in MODES}, turns, device)
+    for mode, r in rows.items():
+        ordinary = rows[mode.replace(" exact", "")]
+        r["peak_mib"] = probe(mode, device, name)["peak_mib"]
+        r["step_over_ordinary"] = r["step_ratio"] / ordinary["step_ratio"]
+        r["memory_over_ordinary"] = r["peak_mib"] / ordinary["peak_mib"]
+    show(rows, f"{name}, {size.rows} answers of {size.new} tokens")
+    return rows
 
 
 def probe(what, device, name="0.9M"):
     """What `probed` says in a process of its own, whose memory nothing else fills."""
-    command = [sys.executable, "-m", "experiments.speed", "--probe", what, "--sizes", name, "--device",
-               str(device)]
+    command = [sys.executable, "-m", "experiments.speed", "--probe", what, "--sizes", name,
+               "--device", str(device)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -236,131 +236,118 @@ def probed(what, size, device):
     backward: how far memory rises above what was there before (weights, hidden states)."""
     if what in MODES:
         work = in_mode(size, device, what)
-        for turn in range(2):
-            for stage in work.stages:
-                stage(turn)
-        return dict(mode=what, peak_mib=peak_memory(device))
+        timed(work.stages * 2, 0, device)
+        return dict(peak_mib=peak_memory(device))
     V, N, C = 151936, 32768, 128
     w = torch.nn.Parameter(torch.randn(V, C, device=device) * 0.02)
     num = numerics("fp16", device).hold([w])
     h = num.round(torch.randn(N, C, device=device)).requires_grad_()
     targets = torch.randint(0, V, (N,), device=device)
-    num.token_logprobs(h[:2], w, targets[:2])[0].sum().backward()      # weights packed, libraries loaded
+    num.token_logprobs(h[:2], w, targets[:2])[0].sum().backward()      # weights packed
     h.grad = w.grad = None
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 2 ** 20
     else:
-        with open("/proc/self/statm") as f:
-            before = int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
-    begin = now(device)
-    num.token_logprobs(h, w, targets)[0].sum().backward()
-    return dict(tokens=N, vocabulary=V, width=C, seconds=now(device) - begin,
-                extra_mib=peak_memory(device) - before,
-                gradients_mib=(w.grad.nbytes + h.grad.nbytes) / 2 ** 20, whole_mib=4 * V * N / 2 ** 20)
+        pathlib.Path("/proc/self/clear_refs").write_text("5")       # the peak is what is held now
+    before = peak_memory(device)
+    spent = timed([lambda _: num.token_logprobs(h, w, targets)[0].sum().backward()], 0, device)
+    return dict(tokens=N, vocabulary=V, width=C, seconds=float(spent[0]),
+                extra_mib=peak_memory(device) - before, whole_logits_mib=4 * V * N / 2 ** 20,
+                gradients_mib=(w.grad.nbytes + h.grad.nbytes) / 2 ** 20)
 
 
 def scaling(device, turns):
     """The default model, FP16: 64 to 1,024 rows of 64 tokens, and 64 rows of 64 to 1,024 tokens.
 
-    Rule: cost per token does not rise with rows, and with length by no more than attention's own term.
-    A step's microseconds per new token are fitted by a + b * (mean number of keys), b = 0 for rows, a
-    and b not negative; `off` is the largest amount by which one lies above the line, as a share."""
+    Rule: cost per token does not rise with rows, and with length by no more than attention's own
+    term. A step's microseconds per new token are fitted by a + b * (mean number of keys), a and b
+    not negative, b = 0 for rows; `off`: the most by which one lies above the line, as a share."""
     points, gpt, report = (64, 128, 256, 512, 1024), GPTConfig(vocab_size=258, context=1024), {}
     for axis, cases in (("rows", [(n, 64) for n in points]), ("length", [(64, n) for n in points])):
-        sizes = {f"{r} rows of {n}": Size(gpt, r // 8, 16, n - 16, max(1, min(128, 5120 // n)))
-                 for r, n in cases}
-        times = take_turns({n: Work(GPT(gpt, device), s, "fp16").stages for n, s in sizes.items()}, turns,
-                           device)
-        us = {n: 1e6 / sizes[n].tokens * np.array([seconds(t), *np.median(t, 0)]) for n, t in times.items()}
-        points_ = {n: dict(zip(("step", *STAGES), x.tolist())) for n, x in us.items()}
-        y, keys = np.array([x[0] for x in us.values()]), np.array([n / 2 for _, n in cases])
+        work = {}
+        for rows, length in cases:
+            size = Size(gpt, rows // 8, 16, length - 16, max(1, min(128, 5120 // length)))
+            work[f"{rows} rows of {length}"] = Work(GPT(gpt, device), size, "fp16")
+        found = {}
+        for name, r in race(work, turns, device)[0].items():
+            us = 1e6 / work[name].size.tokens
+            found[name] = {f"{k}_us": us * r[f"{k}_s"] for k in ("step", *STAGES)}
+        y, keys = np.array([p["step_us"] for p in found.values()]), np.array(cases)[:, 1] / 2
         b, a = np.polyfit(keys, y, 1, w=1 / y) if axis == "length" else (0.0, y[0])
         a, b = (0.0, np.mean(y / keys)) if a < 0 else (np.mean(y), 0.0) if b < 0 else (a, b)
-        off = float((y / (a + b * keys) - 1).max())
-        report[axis] = dict(points=points_, a=float(a), b=float(b), off=off)
-        tell("microseconds a new token", points_)
-        say(f"{off:.0%} above {a:.1f} us a token and {1e3 * b:.0f} ns a token and key, at most")
+        fit = dict(a=float(a), b=float(b), off=float((y / (a + b * keys) - 1).max()))
+        show(found, f"a new token, by {axis}")
+        print(fit)
+        report[axis] = dict(at=list(points), points=found, **fit)
     return report
 
 
-def draw_scaling(report, path, machine):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, constrained_layout=True)
+def draw_scaling(plt, report):
+    fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for ax, (axis, r) in zip(axes, report.items()):
-        x = [int(n.split(" rows of ")[axis == "length"]) for n in r["points"]]
         for what in ("step", "gradient", "rollout"):
-            ax.plot(x, [p[what] for p in r["points"].values()], "o-", label=what)
-        ax.plot(x, [r["a"] + r["b"] * n / 2 for n in x], "k--", lw=1, label="a + b x keys")
+            ax.plot(r["at"], [p[f"{what}_us"] for p in r["points"].values()], "o-", label=what)
+        ax.plot(r["at"], [r["a"] + r["b"] * n / 2 for n in r["at"]], "k--", label="a + b x keys")
         ax.set_xscale("log", base=2)
-        ax.set_xticks(x, map(str, x))
+        ax.set_xticks(r["at"], map(str, r["at"]))
         ax.set_xlabel("rows, 64 tokens each" if axis == "rows" else "tokens, 64 rows")
-    axes[0].set(ylabel="microseconds per new token", ylim=(0, None))
+    axes[0].set(ylabel="microseconds per new token, FP16", ylim=(0, None))
     axes[0].legend()
-    fig.suptitle(f"0.9 M parameters, FP16, {machine}", fontsize=10)
-    fig.savefig(path, dpi=100)
+    return fig
 
 
 def main(argv=None):
-    p = Parser(prog="python -m experiments.speed", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    p.add_argument("--sizes", nargs="+", choices=tuple(sizes(False)), help="models to compare on (default: all)")
-    p.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="which parts (default: all)")
-    p.add_argument("--turns", type=ranged(int, 1, 100), default=5, help="counted turns of each contender")
+    p = Parser(prog="python -m experiments.speed", description=__doc__.split("\n\n")[0],
+               allow_abbrev=False)
+    p.add_argument("--sizes", nargs="+", choices=tuple(sizes(False)), help="default: all")
+    p.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="default: all parts")
+    p.add_argument("--turns", type=ranged(int, 1, 100), default=5, help="counted turns")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     p.add_argument("--out", default="", help="folder for speed-DEVICE.json (with --only: "
                    "speed-PARTS-DEVICE.json) and the figure")
     p.add_argument("--probe", choices=(*MODES, "logprobs"), help=argparse.SUPPRESS)
     a = p.parse_args(argv)
     device, missing = pick_device(a.device), set()
-    table, cpu = sizes(device.type == "cuda"), device.type == "cpu"
+    table = sizes(device.type == "cuda")
     if a.probe:
         return print(json.dumps(probed(a.probe, table[a.sizes[0]], device)))
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")                       # nothing here is downloaded
-    if a.out:
-        os.makedirs(a.out, exist_ok=True)                              # before the long measurements
-    if cpu:
+    quiet = dict.fromkeys(("TRL_EXPERIMENTAL_SILENCE", "HF_HUB_DISABLE_PROGRESS_BARS"), "1")
+    os.environ |= dict(quiet, TRANSFORMERS_VERBOSITY="error", HF_HUB_OFFLINE="1")   # no download
+    if device.type == "cpu":
         missing.add("no GPU: no rows of CUDA")
         if why_plain(device):
             missing.add(f"no compiled operators: {why_plain(device)}")
-    versions = dict(torch=torch.__version__, python=platform.python_version())
+    report = dict(command=" ".join(["python -m experiments.speed", *(argv or sys.argv[1:])]),
+                  **machine(), turns=a.turns, threads=torch.get_num_threads())
     for package in ("transformers", "trl"):
         try:
-            versions[package] = __import__(package).__version__
+            report[package] = __import__(package).__version__
         except ImportError:
-            versions[package] = None
-    if versions["transformers"]:
-        import transformers
-        transformers.logging.set_verbosity_error()
-    machine = platform.processor() or platform.machine() if cpu else torch.cuda.get_device_name(device)
-    report = dict(bench="speed", command=["python", "-m", "experiments.speed", *(argv or sys.argv[1:])],
-                  turns=a.turns, device=machine, threads=torch.get_num_threads(), **versions)
+            report[package] = None
     if {"rollout", "step"} & set(a.only):
         for name in a.sizes or table:
             report[name] = compare(name, table[name], device, a.turns, a.only, missing)
             gc.collect()
     if "modes" in a.only:
-        report["modes"] = {n: modes(n, table[n], device, a.turns) for n in a.sizes or ["0.9M"] if table[n].step}
+        report["modes"] = {n: modes(n, table[n], device, a.turns)
+                           for n in a.sizes or ["0.9M"] if table[n].step}
     if "scaling" in a.only:
         report["scaling"] = scaling(device, a.turns)
-        try:
-            if a.out:
-                draw_scaling(report["scaling"], f"{a.out}/speed-scaling-{device.type}.png", machine)
-        except ImportError:
-            missing.add("matplotlib is not installed: no figure")
     if "memory" in a.only:
         report["logprob_memory"] = probe("logprobs", device)
-        say("\nlog-probs, forward and backward: " + json.dumps(report["logprob_memory"]))
+        show({"log-probs, forward and backward": report["logprob_memory"]})
     report["left_out"] = sorted(missing)
     for text in report["left_out"]:
-        say(f"left out: {text}")
+        print(f"left out: {text}")
     if a.out:
-        only = "" if set(a.only) == set(PARTS) else "-".join(a.only) + "-"
-        with open(f"{a.out}/speed-{only}{device.type}.json", "w", encoding="utf-8") as f:
-            json.dump(report, f, indent=1)
+        only = [] if set(a.only) == set(PARTS) else a.only
+        path = pathlib.Path(a.out, "-".join(["speed", *only, device.type]) + ".json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        if "scaling" in report:
+            picture(path.with_name(f"speed-scaling-{device.type}.png"), draw_scaling,
+                    report["scaling"])
     print(json.dumps(report))
 
 

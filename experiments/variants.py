@@ -3,10 +3,10 @@
     python -m experiments.variants
 
 In the paper a LoRA run in BF16 collapses after 600 steps, and a MoE of 30 B parameters is less
-stable in BF16 than in FP16. Here: all weights trained, LoRA of rank 1 and 32 upon the same base, and
-a base of 8 experts, of which a token goes to 2. Each in FP16 and in BF16 on both sides, and with
-training in BF16 or e8m2 against FP32 rollouts, the mismatch of two engines; the experts also with
-the rollout's routes replayed. "Routes differ": how often training would choose other experts.
+stable in BF16 than in FP16. Here: all weights trained, LoRA of rank 1 and 32 upon the same base,
+and a base of 8 experts, of which a token goes to 2. Each in FP16 and in BF16 on both sides, and
+with training in BF16 or e8m2 against FP32 rollouts, the mismatch of two engines; the experts also
+with the rollout's routes replayed. "Routes differ": how often training would choose other experts.
 """
 from experiments.grid import grid
 from experiments.lab import Lab

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from experiments import bias_variance, dial, lab, loss_scale
-from precision import parse_format
+from experiments import bias_variance, dial, grid, lab, loss_scale
+from precision import InputError, parse_format
 
 JOB = ("--digits 1 --noise 0.3 --n-layers 1 --width 32 --base-steps 30 --base-batch 32 --base-lr 4e-3 --pool 40 "
        "--heldout 0 --prompts 4 --steps 3 --keep 0 1").split()
@@ -122,6 +122,64 @@ def test_a_sweep_runs_resumes_and_reports(monkeypatch, tmp_path, cache, capsys):
     assert again["curves"]["accuracy"] == good["curves"]["accuracy"]              # and the same numbers
     with pytest.raises(SystemExit, match="nonsense"):                             # a mistake is no outcome
         lab.run(lab.Job("nonsense", 0, (*JOB, *lab.formats("nonsense"))), tmp_path / "runs", "x")
+
+
+def test_a_grid_is_every_row_in_every_mode(monkeypatch, tmp_path, capsys):
+    """Its runs, what is compared with what, and the files; --quick takes the first run and the last."""
+    ran = []
+
+    def run(job, folder, about):
+        ran.append(job)
+        return record(job.name, job.seed, [0.5 + 0.1 * ("GSPO" in job.name)] * 12, config={})
+    monkeypatch.setattr(lab, "run", run)
+    monkeypatch.setattr(lab, "find_base", lambda cfg, device: (None, "base", None))
+
+    def command(*flags):
+        ran.clear()
+        one = lab.Lab("mine", "Mine.", [*flags, "--out", str(tmp_path), "--preset", "cpu"], seeds=2,
+                      add=grid.other_modes)
+        grid.grid(one, {"GRPO": "--lr 1e-5", "GSPO": "--algo gspo"}, one.args.modes or ("fp16", "bf16/fp32"),
+                  "--lr 1e-6", compare=[("GSPO", "GRPO"), ("fp16", "bf16/fp32")])
+    command()
+    assert [(j.name, j.seed) for j in ran] == [(f"{r}: {m}", s) for s in (0, 1) for r in ("GRPO", "GSPO")
+                                               for m in ("fp16", "bf16/fp32")]
+    flags = " ".join(ran[1].flags)
+    assert flags.startswith(" ".join(["--preset cpu --device cpu", *lab.LAB, "--lr 1e-6 --lr 1e-5"]))
+    assert flags.endswith("--precision fp32 --rollout-precision bf16")         # the row's flags after the grid's
+    result = json.loads((tmp_path / "mine.json").read_text())["result"]
+    assert {k: round(d["mean"], 6) for k, d in result["pairs"].items()} == {
+        "GSPO: fp16 - GRPO: fp16": 0.1, "GSPO: bf16/fp32 - GRPO: bf16/fp32": 0.1,
+        "GRPO: fp16 - GRPO: bf16/fp32": 0, "GSPO: fp16 - GSPO: bf16/fp32": 0}
+    assert (tmp_path / "mine.png").exists() and "0 of 2" in capsys.readouterr().out
+    command("--quick")
+    assert [j.name for j in ran] == ["GRPO: fp16", "GSPO: bf16/fp32"]
+    assert ran[0].flags[-len(lab.QUICK):] == tuple(lab.QUICK)
+    command("--modes", "e8m2")
+    assert [j.name for j in ran] == ["GRPO: e8m2", "GSPO: e8m2"] * 2 and (tmp_path / "mine-e8m2.json").exists()
+    with pytest.raises(InputError, match="mine-e8m3.json is not there"):
+        command("--modes", "e8m3", "--redraw")
+    assert not ran
+
+
+def test_what_results_keep_of_a_run():
+    """The curves that are drawn, and the means of the others."""
+    r = record(accuracy=[0.5, 0.6], config=dict(lr=1))
+    r["curves"]["seq_kl"], r["command"] = [1.0, None], ["train_rl.py", "--seed", "0"]
+    kept = lab.shorter(r, {"accuracy"})
+    assert kept["curves"] == dict(accuracy=[0.5, 0.6]) and kept["means"]["seq_kl"] == 1
+    assert "accuracy" not in kept["means"]
+    assert kept["command"] == "train_rl.py --seed 0" and "config" not in kept
+
+
+def test_a_band_of_runs_that_end_early():
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    ax = plt.subplots()[1]
+    y = grid.band(ax, [[1, 2, 3], [3, None], []], "C0", "x", first=5)
+    line = ax.lines[0]
+    assert line.get_xdata().tolist() == [5, 6, 7] and np.ma.filled(line.get_ydata(), -1).tolist() == [2, 2, 3]
+    assert y.count() == 4 and grid.band(ax, [[]], "C0", "nothing").count() == 0
 
 
 @pytest.mark.parametrize("name", [

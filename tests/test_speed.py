@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import VARIANTS, tiny
 
-from experiments import speed
+from experiments import bench, speed
 from experiments.bench import flops
 from model import GPT, GPTConfig
 
@@ -22,13 +22,35 @@ def test_the_peer_is_the_same_model(variant):
     assert speed.agrees(model, speed.to_transformers(tiny(gain=2.0, **VARIANTS[variant]))) > 1e-4
 
 
-def test_taking_turns_and_ratios():
-    order = []
-    contenders = {"a": lambda t: order.append(("a", t)), "b": lambda t: order.append(("b", t))}
-    times = speed.taking_turns(contenders, 2, torch.device("cpu"))
-    assert order == [(n, t) for t in (0, 1, 2) for n in "ab"]
-    assert [len(x) for x in times.values()] == [2, 2]                            # turn 0 warms up
-    assert speed.ratio([2, 30, 4], [1, 3, 4]) == 2                               # the median of 2, 10 and 1
+def test_taking_turns_and_ratios(monkeypatch):
+    """Every turn runs each contender once; the first turn is not counted; a ratio is the median of
+    the turns' ratios, not the ratio of the medians."""
+    order, now = [], [0.0]
+    monkeypatch.setattr(bench, "gemm_peak", lambda device: order.append("gemm") or 1.0)
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+    seconds = {"a": [99, 1, 3, 4], "b": [99, 2, 30, 4]}
+
+    class Contender:
+        size = speed.Size(None, prompts=2, prompt=3, new=5, micro=1, group=2)
+
+        def __init__(self, name):
+            self.name, self.stages = name, (self.run,)
+
+        def run(self, turn):
+            order.append((self.name, turn))
+            now[0] += seconds[self.name][turn]
+    rows, peak = bench.race({"a": Contender("a"), "b": Contender("b")}, 3, torch.device("cpu"))
+    assert order == [x for t in range(4) for n in "ab" for x in ("gemm", (n, t))] and peak == 1
+    assert rows["a"] == dict(rollout_s=3, rollout_tokens_per_s=20 / 3, rollout_ratio=1)
+    assert rows["b"] == dict(rollout_s=4, rollout_tokens_per_s=5, rollout_ratio=2)     # of 2, 10 and 1
+
+
+def test_the_clock_times_each_stage(monkeypatch):
+    times = iter([0.0, 1.0, 3.0, 7.0])
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(times))
+    turns = []
+    assert bench.timed([turns.append] * 3, 5, torch.device("cpu")).tolist() == [1, 2, 4]
+    assert turns == [5, 5, 5]
 
 
 def small(monkeypatch):
@@ -40,17 +62,21 @@ def small(monkeypatch):
 def test_one_json_line_with_every_row(monkeypatch, capsys, tmp_path):
     pytest.importorskip("trl")
     small(monkeypatch)
-    assert speed.main(["--turns", "1", "--only", "rollout", "step", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    speed.main(["--turns", "1", "--only", "rollout", "step", "--device", "cpu", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     report = json.loads(printed.splitlines()[-1])
     assert json.loads((tmp_path / "speed-rollout-step-cpu.json").read_text()) == report
     a, b = report["0.9M"], report["0.5B"]
-    assert set(a["rollout"]) == {"tenbit fp32", "tenbit fp16", "tenbit fp16, --no-fast", "generate, dynamic cache",
-                                 "generate, static cache"}
-    assert a["logits_differ"] < 1e-3 and a["trl"]["ratio"] > 0 and set(a["step"]["tenbit fp16"]["split"]) == {
-        "rollout", "rewards", "gradient", "update"}
-    assert a["rollout"]["tenbit fp16"]["tokens_per_s"] == pytest.approx(16 * 6 / a["rollout"]["tenbit fp16"]["seconds"])
-    assert "step" not in b and any("no whole step" in x for x in report["left_out"]) and "left out: no GPU" in printed
+    rows = a["contenders"]
+    assert set(rows) == {"tenbit fp32", "tenbit fp16", "tenbit fp16, --no-fast", "generate, dynamic cache",
+                         "generate, static cache", "TRL GRPOTrainer"}
+    assert a["logits_differ"] < 1e-3 and a["trl_over_fp16"] > 0 and a["gemm_peak"] > 1e9
+    fp16 = rows["tenbit fp16"]
+    assert fp16["rollout_tokens_per_s"] == pytest.approx(16 * 6 / fp16["rollout_s"])
+    assert fp16["step_s"] > fp16["rollout_s"] and {"rewards_s", "gradient_s", "update_s"} < set(fp16)
+    assert "step_s" not in rows["generate, static cache"] and rows["tenbit fp32"]["step_ratio"] == 1
+    assert "step_s" not in b["contenders"]["tenbit fp16"] and "left out: no GPU" in printed
+    assert any("no whole step" in x for x in report["left_out"])
 
 
 def test_missing_packages_are_named(monkeypatch, capsys):
@@ -61,8 +87,9 @@ def test_missing_packages_are_named(monkeypatch, capsys):
     monkeypatch.setattr(speed, "to_transformers", gone)
     speed.main(["--turns", "1", "--only", "rollout", "step", "--sizes", "0.9M", "--device", "cpu"])
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert "transformers is not installed: no rows of generate" in report["left_out"] and "trl" not in report["0.9M"]
-    assert "tenbit fp16" in report["0.9M"]["step"]
+    assert "transformers is not installed: no rows of generate" in report["left_out"]
+    assert set(report["0.9M"]["contenders"]) == {"tenbit fp32", "tenbit fp16", "tenbit fp16, --no-fast"}
+    assert report["0.9M"]["contenders"]["tenbit fp16"]["step_s"] > 0
 
 
 def test_flops_count_the_products():
@@ -80,7 +107,7 @@ def test_work_is_counted_by_hand():
     """One layer, no head's worth of context: FLOPs of a rollout and a step against a count by hand."""
     gpt = GPTConfig(vocab_size=10, n_layers=1, width=4, n_heads=1, n_kv_heads=1, mlp_width=8, context=16)
     size = speed.Size(gpt, prompts=1, prompt=3, new=5, micro=8)
-    own = speed.Own(speed.GPT(gpt), size, "fp32")
+    own = speed.Work(speed.GPT(gpt), size, "fp32")
     layer = 2 * (4 * 12 + 4 * 4 + 3 * 4 * 8)                               # multiply-adds of all matrices, counted as 2
     head = 2 * 4 * 10
     prefill = 3 * (layer + 4 * 4 * 1.5) + head                             # scores and values: 2 * 2 * width * keys
@@ -94,23 +121,42 @@ def test_modes_are_what_they_say(monkeypatch, capsys, tmp_path):
     small(monkeypatch)
     size, probes = speed.sizes(False)["0.9M"], []
 
-    def probe(command, **_):                                # a process of its own would have the real sizes
-        probes.append(command[4])
-        return type("Done", (), dict(stdout=json.dumps(dict(peak_mib=100.0 + 20 * ("exact" in command[4])))))
-    monkeypatch.setattr(speed.subprocess, "run", probe)
-    assert speed.main(["--turns", "1", "--only", "modes", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    def probe(mode, *_):                                    # a process of its own would have the real sizes
+        probes.append(mode)
+        return dict(peak_mib=100.0 + 20 * ("exact" in mode))
+    monkeypatch.setattr(speed, "probe", probe)
+    speed.main(["--turns", "1", "--only", "modes", "--device", "cpu", "--out", str(tmp_path)])
     report = json.loads((tmp_path / "speed-modes-cpu.json").read_text())["modes"]["0.9M"]
     assert list(report) == list(speed.MODES) == probes
     for m, r in report.items():
-        num = speed.in_mode(speed.GPT(size.gpt), size, m).num
+        num = speed.in_mode(size, torch.device("cpu"), m).num
         assert num.exact == ("exact" in m) and num.fmt.name == m[:4]
         assert (num.operators == "torch's" or num.operators == "exact") or "--no-fast" not in m
         if "exact" not in m:
-            assert r["over_ordinary"] == 1.0
+            assert r["step_over_ordinary"] == 1.0
         assert r["memory_over_ordinary"] == (1.2 if "exact" in m else 1.0)
 
 
-def test_a_mode_probe_prints_its_peak(monkeypatch, capsys):
+def test_a_probe_prints_its_peak(monkeypatch, capsys):
     small(monkeypatch)
-    speed.main(["--mode-probe", "fp16 exact", "--sizes", "0.9M", "--device", "cpu"])
+    speed.main(["--probe", "fp16 exact", "--sizes", "0.9M", "--device", "cpu"])
     assert json.loads(capsys.readouterr().out)["peak_mib"] > 10
+
+
+def test_a_line_through_the_costs(monkeypatch, capsys, tmp_path):
+    """Cost per token of made-up steps: 2 us, and 10 ns for each key; one length costs a tenth more."""
+    def race(work, turns, device):
+        rows = {}
+        for name, w in work.items():
+            keys = (w.size.prompt + w.size.new) / 2
+            us = (2 + 0.01 * keys) * (1.1 if name == "64 rows of 256" else 1)
+            rows[name] = {f"{k}_s": 1e-6 * us * w.size.tokens for k in ("step", *speed.STAGES)}
+        return rows, 1.0
+    monkeypatch.setattr(speed, "race", race)
+    speed.main(["--only", "scaling", "--device", "cpu", "--out", str(tmp_path)])
+    report = json.loads((tmp_path / "speed-scaling-cpu.json").read_text())["scaling"]
+    assert report["rows"]["off"] == pytest.approx(0, abs=1e-9) and report["rows"]["a"] == pytest.approx(2.32)
+    length = report["length"]
+    assert length["a"] == pytest.approx(2, rel=0.1) and length["b"] == pytest.approx(0.01, rel=0.1)
+    assert 0.05 < length["off"] < 0.1
+    assert (tmp_path / "speed-scaling-cpu.png").stat().st_size > 5_000
