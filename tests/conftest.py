@@ -10,7 +10,7 @@ import operators  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from operators.device import pick_device  # noqa: E402
 
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ or os.environ.get("OMP_NUM_THREADS") == "1" else 2)
 COMPILED = not operators.why_plain("cpu")
 DEVICES = ["cpu", "exact"] + ["compiled"] * COMPILED + ["cuda"] * torch.cuda.is_available()
 _kind = ["cpu"]

@@ -75,6 +75,35 @@ def test_ragged_rows_continue_at_their_own_positions(fmt, head_dim, device):
             assert (got - alone).abs().mean() < 2 * HEADS[head_dim][fmt], row
 
 
+def test_positions_far_out_are_told_apart():
+    """A long sequence against FP64, whose positions are exact: where the tables are not, neighbours blur."""
+    kw, tokens = dict(gain=2.0, context=1200, n_layers=1), TOKENS[:1].repeat(1, 60)
+    with torch.no_grad():
+        got = tiny(**kw)
+        got = got.logits(got(tokens)[0]).double()
+    want = gpt_logits(tiny(**kw), tokens)[0]
+    assert (got - want).abs().max() < 1e-4 * want.abs().max()
+
+
+def test_an_adapter_adds_its_product():
+    """W x + 2 B A x, each projection's own: the logits are those of a model whose weights are W + 2 B A."""
+    model, merged, g = tiny(gain=2.0).adapt(3, seed=1), {}, torch.Generator().manual_seed(5)
+    for block in model.blocks:
+        for product, adapter in block.lora.items():
+            parts = []
+            for a, B in zip(adapter.A.detach().split(3), adapter.B):
+                B.data = torch.randn(B.shape, generator=g) * 0.2
+                parts.append(2 * B.detach().double() @ a.double())
+            w = getattr(block, product)
+            merged[w] = w.detach().double() + torch.cat(parts)
+    model.use(Numerics("fp32").hold(model.parameters()))
+    with torch.no_grad():
+        got = model.logits(model(TOKENS).flatten(0, 1)).view(5, 20, -1).double()
+    want = gpt_logits(model, TOKENS, lambda p: merged.get(p, p.detach().double()))
+    assert (got - want).abs().max() < 1e-4 * want.abs().max()
+    assert (gpt_logits(model, TOKENS) - want).abs().max() > 0.1 * want.abs().max()
+
+
 def test_padding_on_the_right_changes_nothing():
     model = tiny()
     where = torch.zeros(5, 20, dtype=torch.bool)

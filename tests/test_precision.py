@@ -169,6 +169,16 @@ def test_every_output_and_gradient_is_a_number_of_the_format(name, fmt, device):
         assert torch.equal(t, num.round(t)) or t.shape == y.shape and name == "router_logits"
 
 
+@pytest.mark.parametrize("fmt", ["fp16", "e5m7"])
+def test_a_norm_of_large_numbers(fmt, device):
+    """Numbers that fit the format and whose squares do not: the statistics are FP32's."""
+    num, gain = numerics(fmt, device), torch.nn.Parameter(torch.ones(16, device=device))
+    num.hold([gain])
+    x = num.round(torch.linspace(-20_000, 20_000, 16, device=device))[None]
+    want = x.double() / x.double().square().mean().sqrt()
+    assert (num.rms_norm(x, gain, 1e-6).double() - want).abs().max() <= num.fmt.eps * want.abs().max()
+
+
 @pytest.mark.parametrize("fmt", ["fp16", "bf16", "e5m7"])
 def test_a_gain_is_exactly_the_rounded_master_and_passes_its_gradient_on(fmt, device):
     """p + (round(p) - p) is round(p), whatever p: all magnitudes, what becomes 0, a subnormal or infinity included."""
