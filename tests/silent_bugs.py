@@ -72,13 +72,13 @@ bug("every epoch in the same order", "run/problems.py",
 bug("the first problems for ever", "train_rl.py",
     "state.drawn += cfg.prompts",
     "state.drawn += 0",
-    "Accuracy on the first batch climbs to 1. The other problems are never asked.",
+    "Every step asks the same problems. Accuracy climbs fast, and the others are never asked.",
     "test_train.py::test_dynamic_sampling_replaces_groups_that_agree")
 
 bug("a graded answer belongs to another problem", "data/env.py",
     "problems[i // n], texts[i]",
     "problems[i % len(problems)], texts[i]",
-    "Accuracy is near 0, although the samples read well.",
+    "Accuracy is near 0, although the samples read well: right answers to other questions.",
     "test_tasks.py::test_each_answer_is_graded_by_its_own_problem_and_cut_off_ones_are_wrong")
 
 bug("truncated answers are rewarded", "data/env.py",
@@ -90,7 +90,7 @@ bug("truncated answers are rewarded", "data/env.py",
 bug("the answer may stand anywhere", "data/addition.py",
     'text.partition("#")[2] == problem.answer',
     "problem.answer in text",
-    "Reward climbs to 1. The answers become lists of numbers, one of which is right.",
+    "An answer is right that holds the result anywhere: in its working, or in a longer number.",
     "test_train.py::test_addition_worked_by_hand")
 
 bug("a number may be used twice", "data/countdown.py",
@@ -165,8 +165,8 @@ bug("every token of an answer has the same noise", "sample.py",
 bug("rows that go on take the noise of others", "sample.py",
     "else noise[t + 1][row])",
     "else noise[t + 1][:len(row)])",
-    "An answer depends on which others of its batch have ended. No seed brings it back.",
-    "test_sample.py::test_same_tokens_as_the_slow_way[cpu-equal-1.0]")
+    "An answer depends on which others of its batch have ended: another batch, another answer.",
+    "test_sample.py::test_same_tokens_as_the_slow_way[cpu-equal-0.6]")
 
 bug("short prompts end in padding", "sample.py",
     "hidden[row // n, out.prompt_length - 1]",
@@ -202,7 +202,7 @@ bug("padding is told by its token", "sample.py",
 bug("the mask begins one token early", "sample.py",
     "(at >= self.prompt_length[:, None])",
     "(at >= self.prompt_length[:, None] - 1)",
-    "The prompt's last token is trained. Its recorded log-prob is 0, so the largest gap is huge.",
+    "The prompt's last token is trained. Its recorded log-prob is 0: the largest gap is some nats.",
     "test_sample.py::test_masks_prompt_never_stop_token_always")
 
 bug("the stop token is thrown away", "sample.py",
@@ -215,7 +215,7 @@ bug("rows that go on lose their place", "operators/graph.py",
     "self.position[:len(index)] = self.position[index]",
     "pass",
     "On a GPU, after half of the rows have ended, the others go on at positions of other rows.",
-    "test_compiled.py::test_graph_steps_are_token_for_token_the_eager_ones[1.0-plain-cpu]")
+    "test_compiled.py::test_graph_steps_are_token_for_token_the_eager_ones[cpu-1.0-plain]")
 
 bug("pass@k from the mean", "sample.py",
     "return 1.0 - math.comb(n - c, k) / math.comb(n, k)",
@@ -293,33 +293,33 @@ bug("replayed routes are one token off", "model.py",
 bug("a decoding row is one position ahead", "model.py",
     "cos, sin = self.cos[position][:, None], self.sin[position][:, None]",
     "cos, sin = self.cos[position + 1][:, None], self.sin[position + 1][:, None]",
-    "Prefill and decoding disagree on where a token stands. Answers are good, the gap is not.",
+    "With prompts of several lengths prefill and decoding disagree on where a token stands: a gap.",
     "test_model.py::test_ragged_rows_continue_at_their_own_positions[cpu-32-fp32]")
 
 bug("a chunk's causal mask starts at the top left", "model.py",
     "device=tokens.device).tril_(start)",
     "device=tokens.device).tril_()",
-    "A chunk after a cache sees the oldest tokens only. Whole prefills and single tokens are right.",
-    "test_model.py::test_cached_is_uncached[cpu-32-pieces2-fp32]")
+    "Training shows nothing. Who goes on behind a cache with several tokens reads its beginning only.",
+    "test_model.py::test_cached_is_uncached[cpu-32-pieces-fp32]")
 
 bug("attention sees the future", "precision.py",
     "is_causal=causal, enable_gqa",
     "is_causal=False, enable_gqa",
-    "Training sees the answer that it scores: log-probs near 0 and a gap of several nats.",
-    "test_model.py::test_cached_is_uncached[cpu-32-pieces1-fp32]")
+    "Imitation reads the answer that it has to predict: its loss is near 0, and samples are nonsense.",
+    "test_model.py::test_cached_is_uncached[cpu-32-one by one-fp32]")
 
 bug("the cache is coarser than training", "model.py",
     "self.k[layer, :, :, self.length:end] = k\n",
     "self.k[layer, :, :, self.length:end] = k.bfloat16()\n",
-    "A gap like BF16's in FP16, and larger in longer answers.",
-    "test_model.py::test_cached_is_uncached[cpu-32-pieces1-fp32]")
+    "In FP16 a gap as large as BF16's. The keys that decoding reads are not those of training.",
+    "test_model.py::test_cached_is_uncached[cpu-32-one by one-fp32]")
 
 bug("decoding shares the wrong key heads", "precision.py",
     "q.reshape(B, KV, -1, D), k, v, mask)\n            return self.down(y.reshape(B, H, 1, D))",
     "q.reshape(B, -1, KV, D).transpose(1, 2), k, v, mask)\n"
     "            return self.down(y.transpose(1, 2).reshape(B, H, 1, D))",
     "A model with one key head for several query heads decodes another policy than it trains.",
-    "test_model.py::test_cached_is_uncached[cpu-32-pieces1-fp32]")
+    "test_model.py::test_cached_is_uncached[cpu-32-one by one-fp32]")
 
 bug("rotary pairs are neighbours", "precision.py",
     "a, b = self.up(x).chunk(2, -1)",
@@ -336,32 +336,31 @@ bug("positions in BF16", "model.py",
 bug("the head of a tied model learns alone", "precision.py",
     "self.gain(F.embedding(tokens, w), F.embedding(tokens, self.weight(w)))",
     "self.gain(F.embedding(tokens, w.detach()), F.embedding(tokens, self.weight(w)))",
-    "The embedding gets no gradient of its own. It learns more slowly, and with a tied head slightly "
-    "wrongly.",
+    "The embedding stays as it was at birth. Where it is the head as well, half its gradient is lost.",
     "test_precision.py::test_gradients_against_fp64_autograd[cpu]")
 
 bug("gains never learn", "precision.py",
     "return p + (r - p).detach() if torch.is_grad_enabled() else r.float()",
     "return p.detach() + (r - p).detach() if torch.is_grad_enabled() else r.float()",
-    "Norms and embedding stay as they were. The rest of the model makes up for most of it.",
+    "Norms and embedding stay as they were at birth. The loss falls all the same.",
     "test_precision.py::test_operator_against_fp64[cpu-rms_norm-fp16]")
 
 bug("the router gets no gradient", "model.py",
     "weight = p.gather(1, chosen)",
     "weight = p.detach().gather(1, chosen)",
-    "Experts learn and the router does not: it sends tokens where it did at birth.",
+    "Experts learn and the router does not: it stays as it was at birth.",
     "test_hf.py::test_gradients_of_experts_by_finite_differences[cpu]")
 
 bug("an expert's output goes to another token", "model.py",
     "out = torch.cat(out)[torch.argsort(place)]",
     "out = torch.cat(out)[place]",
-    "A model with experts answers badly, and learns all the same: its backward pass agrees.",
+    "A checkpoint with experts talks nonsense. One from scratch learns, from its neighbours' experts.",
     "test_hf.py::test_logits_and_greedy_answers_of_every_family[cpu-qwen3 moe]")
 
 bug("LoRA trains its base too", "model.py",
     "self.requires_grad_(False)",
     "self.requires_grad_(True)",
-    "It learns faster than LoRA should. The saved adapter alone does not give these answers.",
+    "--lora-rank trains every weight. The saved adapter alone does not give the run's answers.",
     "test_hf.py::test_lora_keeps_one_rounded_base[cpu]")
 
 bug("LoRA's scale is left out", "model.py",
@@ -388,13 +387,13 @@ bug("ties are rounded up", "precision.py",
 bug("no subnormals", "precision.py",
     "torch.where(x.abs() < fmt.tiny, subnormal, y)",
     "torch.where(x.abs() < fmt.tiny, 0 * x, y)",
-    "In narrow formats small gradients become 0 a thousand times too early.",
+    "In emulated formats small gradients become 0 too early: their range is shorter than it says.",
     "test_precision.py::test_emulation_is_torchs_own_cast_on_every_16_bit_pattern[dtype0-5-10]")
 
 bug("overflow saturates", "precision.py",
     "y.masked_fill_(y > fmt.max, math.inf).masked_fill_(y < -fmt.max, -math.inf)",
     "y.clamp_(-fmt.max, fmt.max)",
-    "The loss scaler never sees an overflow: the scale rises, and gradients are cut off silently.",
+    "In emulated formats no overflow is ever seen: the loss scale rises, and gradients are cut off.",
     "test_precision.py::test_emulation_is_torchs_own_cast_on_every_16_bit_pattern[dtype0-5-10]")
 
 bug("gradients are not rounded", "precision.py",
@@ -413,7 +412,7 @@ bug("weight gradients in FP16", "precision.py",
 bug("logits are rounded", "precision.py",
     "return mm32(h, self.weight(w).t())",
     "return self.round(mm32(h, self.weight(w).t()))",
-    "The gap hardly grows, for both sides round alike. The log-probs are off by a percent in BF16.",
+    "Both sides round alike. But a log-prob is off by some hundredths in BF16, on both.",
     "test_precision.py::test_chunked_logprobs_are_the_whole_ones[cpu-fp16]")
 
 bug("softmax in half precision", "precision.py",
@@ -441,7 +440,7 @@ bug("another family's epsilon", "precision.py",
 bug("no loss scale", "precision.py",
     "enabled=num.fmt.needs_loss_scaling)",
     "enabled=False)",
-    "Small gradients become 0 in FP16. The policy learns more slowly, if at all.",
+    "In FP16 small gradients become 0. How many depends on the job: experiments.loss_scale counts.",
     "test_precision.py::test_scaler_skips_halves_and_regrows[cpu]")
 
 bug("no master weights", "precision.py",
@@ -460,13 +459,7 @@ bug("exact products of any number of rows", "operators/exact.py",
     "part = filled(part, rows, wide)",
     "part = filled(part, len(part), wide)",
     "--exact stops in its self-test, or with exact_share below 1.",
-    "test_exact.py::test_wide_ones_too[wide-fp32-exact]")
-
-bug("exact sums in torch's order", "operators/exact.py",
-    "    n = x.shape[-1]\n    while n > 1:",
-    "    return x.sum(-1, keepdim=True)\n    n = x.shape[-1]\n    while n > 1:",
-    "--exact holds on this machine and not on the next one: the order is the library's.",
-    "test_exact.py::test_tree_sum_by_hand")
+    "test_exact.py::test_explain_finds_the_first_operator")
 
 # --------------------------------------------------------------------------------------------------
 # Advantages and losses
@@ -486,7 +479,7 @@ bug("the batch's deviation for a group's", "algorithms.py",
 bug("an epsilon as large as the deviation", "algorithms.py",
     "keepdim=True) + 1e-8)",
     "keepdim=True) + 0.1)",
-    "Advantages are a quarter smaller, most of all where the group nearly agrees.",
+    "Advantages are about a fifth smaller, most of all where the group nearly agrees.",
     "test_algorithms.py::test_advantages")
 
 bug("an answer is its own baseline", "algorithms.py",
@@ -498,7 +491,7 @@ bug("an answer is its own baseline", "algorithms.py",
 bug("long answers are rewarded", "algorithms.py",
     "return -((lengths - (room - zone))",
     "return ((lengths - (room - zone))",
-    "With --overlong answers grow until they are cut off.",
+    "With --overlong an answer is rewarded for being long.",
     "test_algorithms.py::test_overlong_shaping")
 
 bug("the policy gradient's sign", "algorithms.py",
@@ -510,7 +503,7 @@ bug("the policy gradient's sign", "algorithms.py",
 bug("the clip's min for its max", "algorithms.py",
     "ratio, (low, high) = ratio_of(t.logp - t.logp_old), t.clip\n    return torch.maximum(",
     "ratio, (low, high) = ratio_of(t.logp - t.logp_old), t.clip\n    return torch.minimum(",
-    "With one update a batch nothing shows. With several the policy runs away: nothing stops it.",
+    "With one update a batch nothing shows. With several, what has moved far enough moves on.",
     "test_algorithms.py::test_clipped_ratio[1.5-1.0--1.2]")
 
 bug("the clip's ends are exchanged", "algorithms.py",
@@ -537,12 +530,6 @@ bug("a gradient through CISPO's weight", "algorithms.py",
     "It learns, but by another rule: unlikely tokens are pushed up most.",
     "test_algorithms.py::test_a_cut_weight_keeps_its_gradient")
 
-bug("a gradient through the correction", "algorithms.py",
-    "rule(level(log_ratio.detach(), mask), low, high)",
-    "rule(level(log_ratio, mask), low, high)",
-    "With --algo pg and a correction the estimator is another one, and biased.",
-    "test_algorithms.py::test_no_weight_has_a_gradient")
-
 bug("the correction upside down", "algorithms.py",
     "correct(cfg.correction, acted - t.logp_rollout, t.mask)",
     "correct(cfg.correction, t.logp_rollout - acted, t.mask)",
@@ -559,7 +546,7 @@ bug("what is outside the band is cut, not left out", "algorithms.py",
     "return rho * kept, kept",
     "return rho.clamp(low, high), kept | True",
     "MIS is TIS. The share of tokens kept is always 1.",
-    "test_algorithms.py::test_corrections[token-mis]")
+    "test_algorithms.py::test_corrections[token-mis-want3]")
 
 bug("rejected answers stay in the denominator", "algorithms.py",
     "device=kept.device), kept.any(1).float()",
@@ -576,7 +563,7 @@ bug("DAPO divides by answers", "algorithms.py",
 bug("the KL estimator's sign", "algorithms.py",
     "d = (logp_ref - logp).clamp(-20, 20)",
     "d = (logp - logp_ref).clamp(-20, 20)",
-    "The penalty is never negative, as it should be. But it is that of the other KL.",
+    "The penalty is never negative, and 0 at the reference, as it should be. But it is not the KL.",
     "test_algorithms.py::test_policy_gradient_and_k3")
 
 bug("the KL penalty is a bonus", "algorithms.py",
@@ -622,7 +609,7 @@ bug("groups that agree leave the denominator", "train_rl.py",
     "divisor, loss = denominator(model, batch, rows, cfg, room), 0.0",
     "some = rows[batch.advantage[rows] != 0]\n"
     "    divisor, loss = denominator(model, batch, some, cfg, room), 0.0",
-    "The nearer the goal, the larger the steps: the last groups with signal count for all.",
+    "The nearer the goal, the larger the gradient: the last groups with signal count for all.",
     "test_train.py::test_micro_batches_and_skipped_groups_leave_the_gradient_alone[dr-grpo]")
 
 bug("answers without advantage feel no penalty", "train_rl.py",
@@ -686,13 +673,13 @@ bug("gradients are not clipped", "train_rl.py",
 bug("the loss scale never moves", "train_rl.py",
     "        scaler.update()\n",
     "        scaler.update(before)\n",
-    "After the first overflow every update is skipped. Accuracy stands still.",
+    "If the first scale is too large, every update is skipped. Accuracy stands still.",
     "test_train.py::test_an_overflow_is_skipped_and_changes_no_weight")
 
 bug("gradients of older steps are kept", "train_rl.py",
     "    optimizer.zero_grad(set_to_none=True)\n",
     "",
-    "Each step goes mostly where the steps before it went. Accuracy rises, then swings.",
+    "|g| grows from step to step: each goes mostly where those before it went.",
     "test_train.py::test_an_update_of_which_nothing_is_kept_moves_nothing")
 
 bug("the learning rate is never set", "train_rl.py",
@@ -737,19 +724,19 @@ bug("training keeps its first weights", "train_rl.py",
 bug("accuracy on chosen groups", "train_rl.py",
     "seen[groups], seen)",
     "seen[groups], seen[groups])",
-    "With dynamic sampling accuracy stays near one half: groups that agree are not counted.",
+    "With dynamic sampling accuracy never nears 1: groups in which all is right are not counted.",
     "test_train.py::test_dynamic_sampling_replaces_groups_that_agree")
 
 bug("accuracy on what is learned from", "run/meter.py",
     "accuracy=(b.seen == 1)",
     "accuracy=(b.rewards == 1)",
-    "With dynamic sampling accuracy stays near one half: groups that agree are not counted.",
+    "With dynamic sampling accuracy never nears 1: groups in which all is right are not counted.",
     "test_loop.py::test_accuracy_counts_every_answer_of_the_step")
 
 bug("the sign of the mismatch", "run/meter.py",
     "d = (logp_rollout - logp_train).double()",
     "d = (logp_train - logp_rollout).double()",
-    "kl_k1 and seq_kl are negative on average: KL of the wrong pair. The gap is the same.",
+    "kl_k1 and seq_kl are negative on average, which no KL is. The gap is the same.",
     "test_precision.py::test_mismatch_on_numbers_worked_by_hand")
 
 bug("the loss scale is not saved", "run/folder.py",
@@ -761,7 +748,7 @@ bug("the loss scale is not saved", "run/folder.py",
 bug("the optimizer starts again", "run/folder.py",
     'optimizer.load_state_dict(saved["optimizer"])',
     "pass",
-    "After a resume the first updates are too large: Adam's moments are 0.",
+    "After a resume Adam's moments are 0: its first update moves every weight by the learning rate.",
     "test_loop.py::test_a_resumed_run_is_the_whole_run")
 
 bug("the noise starts again", "train_rl.py",
@@ -773,7 +760,7 @@ bug("the noise starts again", "train_rl.py",
 bug("the problems start again", "run/folder.py",
     "        state.problems = [Problem(*p) for p in state.problems]\n",
     "        state.problems, state.drawn = [Problem(*p) for p in state.problems], 0\n",
-    "A run that is resumed often never asks the last problems of an epoch.",
+    "A resumed run asks the first problems of the epoch again. If that is often, the last ones never.",
     "test_loop.py::test_a_resumed_run_is_the_whole_run")
 
 bug("the reference starts again", "run/base.py",

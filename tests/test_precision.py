@@ -1,7 +1,6 @@
 """Formats, operators, loss scale and mismatch metrics, against torch's own casts, FP64 and numbers worked by hand."""
 import math
 
-import numpy as np
 import pytest
 import torch
 from conftest import VARIANTS, numerics, tiny
@@ -9,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import gpt_logits, round_to_format
 
-from operators.device import pick_device
 from precision import FORMATS, Format, InputError, Numerics, emulate, make_scaler, parse_format
 from run.lines import banner
 from run.meter import mismatch
@@ -159,7 +157,7 @@ def test_operator_against_fp64(name, fmt, device):
 @pytest.mark.parametrize("fmt", ["fp16", "bf16", "e4m3"])
 def test_every_output_and_gradient_is_a_number_of_the_format(name, fmt, device):
     if device.type == "cuda":
-        return                                               # there the dtype is the format
+        pytest.skip("there the dtype is the format")
     num = numerics(fmt)
     op, _, inputs, _ = cases(num, torch.float32, "cpu")[name]
     inputs = [num.round(x).requires_grad_() for x in inputs]
@@ -253,9 +251,9 @@ def test_fp16_model_against_an_fp64_reference(device):
 
 def test_gradients_against_fp64_autograd(device):
     """Every parameter's gradient in FP32 numerics is FP64 autograd's through an independent model, for all variants."""
+    if device.type == "cuda":
+        pytest.skip("covered by the operators, one by one")
     for kw in VARIANTS.values():
-        if device.type == "cuda":
-            return                                           # covered by the operators, one by one
         model = tiny(gain=1.5, **kw)
         tokens = torch.randint(0, 67, (4, 11), generator=torch.Generator().manual_seed(1))
         where = torch.ones_like(tokens, dtype=torch.bool)
@@ -452,28 +450,8 @@ def test_the_sampled_kl_estimators_agree_with_the_exact_kl():
     assert m["kl_k1"] == pytest.approx(exact, rel=1e-4) and m["kl_k3"] == pytest.approx(exact, rel=1e-4)
 
 
-def test_a_missing_device_is_one_clear_line():
-    for name in ("cuda:99", "tpu", "mps", "gpu0"):
-        with pytest.raises(InputError, match="device"):
-            pick_device(name)
-
-
-@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0", "cuda:1"])
-def test_a_cuda_device_has_an_index(name, monkeypatch):
-    """torch.cuda.set_device refuses torch.device("cuda"). A machine with two GPUs is simulated down to torch's own
-    check."""
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda d: chosen.append(torch.cuda._utils._get_device_index(d)))
-    device = pick_device(name)
-    assert device.type == "cuda" and [device.index] == chosen == [1 if name == "cuda:1" else 0]
-
-
 def test_banner_names_formats_and_reasons():
     a, b = Numerics("fp16"), Numerics("bf16")
     line = banner(a, a, make_scaler(a))
     assert "rollout fp16, train fp16" in line and "65536" in line and "\n" not in line
     assert "DIFFERENT" in banner(b, a, make_scaler(a))
-    assert np.isfinite(FORMATS["tf32"].max)
