@@ -133,6 +133,15 @@ def test_advantages_are_those_of_each_problems_own_group(run, steps):
             assert batch.rewards.flatten()[i] == float(stopped) * (sum(map(ord, text)) % 2)
 
 
+def test_no_two_answers_have_the_same_random_numbers(run, steps):
+    """One problem, asked again and again of a policy that stands still: in a group, in chunks of two groups, in place
+    of groups that agree, in another step. If two answers shared their numbers they would be the same."""
+    run("numbers", "--pool", "1", "--lr", "1e-12", "--rollout-rows", "8", "--dynamic-sampling", "3")
+    assert max(len(batch.seen) for batch in steps) > 6                      # some groups were replaced
+    texts = [text for batch in steps for text in batch.rollout.texts() if len(text) > 5]
+    assert len(set(texts)) == len(texts) > 20
+
+
 def test_accuracy_counts_every_answer_of_the_step(run, steps):
     """... those of groups that dynamic sampling has replaced as well."""
     rows = run("accuracy", "--dynamic-sampling", "3", "--group", "2")
