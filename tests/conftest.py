@@ -10,10 +10,21 @@ import operators  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from operators.device import pick_device  # noqa: E402
 
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ or os.environ.get("OMP_NUM_THREADS") == "1" else 2)
 COMPILED = not operators.why_plain("cpu")
 DEVICES = ["cpu", "exact"] + ["compiled"] * COMPILED + ["cuda"] * torch.cuda.is_available()
 _kind = ["cpu"]
+
+# Files that take longest. They begin first, and the others fill what is left of the two processes.
+LONGEST = [f"test_{name}.py" for name in ("lab", "commands", "exact", "silent_bugs", "compiled", "sample", "hf", "real")]
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False                  # else xdist begins with the files that have the most tests
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")

@@ -108,7 +108,7 @@ def test_gradients_of_every_family(family, tmp_path, device):
                     grads[stem + "gate_proj.weight"], grads[stem + "up_proj.weight"] = g[e].chunk(2)
                 else:
                     grads[stem + "down_proj.weight"] = g[e]
-    assert set(got) == set(grads) - {"lm_head.weight"} | ({"lm_head.weight"} & set(got))
+    assert set(got) == set(grads)
     scale = max(float(g.abs().max()) for g in grads.values())
     for name, g in got.items():
         assert (g.cpu() - grads[name]).abs().max() < 2e-5 * max(scale, 1), name
@@ -235,8 +235,8 @@ def test_numbers_that_are_not_finite_and_formats_too_small(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_takes_little_more_than_the_model(tmp_path):
-    """Peak memory of a process that loads 270 MB of FP32 weights from files half as large: 1.2 times the model."""
-    cfg = GPTConfig(vocab_size=3000, n_layers=16, width=512, n_heads=8, n_kv_heads=4, mlp_width=2048, context=64)
+    """Peak memory of a process that loads 140 MB of FP32 weights from files half as large: 1.2 times the model."""
+    cfg = GPTConfig(vocab_size=3000, n_layers=8, width=512, n_heads=8, n_kv_heads=4, mlp_width=2048, context=64)
     code = textwrap.dedent(f"""
         import sys
         sys.path[:0] = [{os.getcwd()!r}]
@@ -255,7 +255,7 @@ def test_loading_takes_little_more_than_the_model(tmp_path):
     weights.save(tmp_path / "m", GPT(cfg), "bf16")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     share, size = map(float, done.stdout.split())
-    assert size > 200e6 and share <= 1.2, share
+    assert size > 130e6 and share <= 1.2, share
 
 
 def test_the_health_check_names_the_layer(tmp_path, capsys):

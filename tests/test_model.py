@@ -11,8 +11,7 @@ import torch
 from conftest import VARIANTS, tiny
 from oracle import gpt_logits
 
-from experiments.bench import flops
-from model import GPT, GPTConfig, KVCache
+from model import GPTConfig, KVCache
 from precision import InputError, Numerics
 from run.checkpoint import FORMAT_VERSION, STALE, load_checkpoint, load_model, save_checkpoint
 
@@ -42,7 +41,7 @@ def test_logits_of_every_variant_against_fp64(variant, device):
 
 
 @pytest.mark.parametrize("fmt", BOUND)
-@pytest.mark.parametrize("pieces", [[20], [1] * 20, [7, 1, 1, 5, 6]], ids=str)
+@pytest.mark.parametrize("pieces", [[20], [1] * 20, [7, 1, 1, 5, 6]], ids=["whole", "one by one", "pieces"])
 @pytest.mark.parametrize("head_dim", HEADS)
 def test_cached_is_uncached(fmt, pieces, head_dim, device):
     """Prefill in any pieces and decode token by token: the same hidden states as one full causal pass."""
@@ -75,6 +74,35 @@ def test_ragged_rows_continue_at_their_own_positions(fmt, head_dim, device):
             assert (got - alone).abs().mean() < 2 * HEADS[head_dim][fmt], row
 
 
+def test_positions_far_out_are_told_apart():
+    """A long sequence against FP64, whose positions are exact: where the tables are not, neighbours blur."""
+    kw, tokens = dict(gain=2.0, context=1200, n_layers=1), TOKENS[:1].repeat(1, 60)
+    with torch.no_grad():
+        got = tiny(**kw)
+        got = got.logits(got(tokens)[0]).double()
+    want = gpt_logits(tiny(**kw), tokens)[0]
+    assert (got - want).abs().max() < 1e-4 * want.abs().max()
+
+
+def test_an_adapter_adds_its_product():
+    """W x + 2 B A x, each projection's own: the logits are those of a model whose weights are W + 2 B A."""
+    model, merged, g = tiny(gain=2.0).adapt(3, seed=1), {}, torch.Generator().manual_seed(5)
+    for block in model.blocks:
+        for product, adapter in block.lora.items():
+            parts = []
+            for a, B in zip(adapter.A.detach().split(3), adapter.B):
+                B.data = torch.randn(B.shape, generator=g) * 0.2
+                parts.append(2 * B.detach().double() @ a.double())
+            w = getattr(block, product)
+            merged[w] = w.detach().double() + torch.cat(parts)
+    model.use(Numerics("fp32").hold(model.parameters()))
+    with torch.no_grad():
+        got = model.logits(model(TOKENS).flatten(0, 1)).view(5, 20, -1).double()
+    want = gpt_logits(model, TOKENS, lambda p: merged.get(p, p.detach().double()))
+    assert (got - want).abs().max() < 1e-4 * want.abs().max()
+    assert (gpt_logits(model, TOKENS) - want).abs().max() > 0.1 * want.abs().max()
+
+
 def test_padding_on_the_right_changes_nothing():
     model = tiny()
     where = torch.zeros(5, 20, dtype=torch.bool)
@@ -94,14 +122,6 @@ def test_impossible_shapes_are_refused():
     for kw in (dict(n_heads=4, n_kv_heads=3), dict(head_dim=7)):
         with pytest.raises(InputError):
             GPTConfig(vocab_size=10, **kw)
-
-
-def test_flops_count_the_products():
-    """By hand, for one block: every weight of a matrix is one multiply-add per token, attention two per key and
-    channel."""
-    model = GPT(GPTConfig(vocab_size=10, n_layers=1, width=8, n_heads=2, n_kv_heads=1, mlp_width=6, context=5))
-    weights = (8 + 4 + 4) * 8 + 8 * 8 + 12 * 8 + 8 * 6
-    assert flops(model, tokens=3, context=5, heads=2) == 2 * (3 * weights + 3 * 2 * 8 * 5 + 2 * 10 * 8)
 
 
 # --- checkpoints

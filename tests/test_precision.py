@@ -1,7 +1,6 @@
 """Formats, operators, loss scale and mismatch metrics, against torch's own casts, FP64 and numbers worked by hand."""
 import math
 
-import numpy as np
 import pytest
 import torch
 from conftest import VARIANTS, numerics, tiny
@@ -9,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import gpt_logits, round_to_format
 
-from operators.device import pick_device
 from precision import FORMATS, Format, InputError, Numerics, emulate, make_scaler, parse_format
 from run.lines import banner
 from run.meter import mismatch
@@ -159,7 +157,7 @@ def test_operator_against_fp64(name, fmt, device):
 @pytest.mark.parametrize("fmt", ["fp16", "bf16", "e4m3"])
 def test_every_output_and_gradient_is_a_number_of_the_format(name, fmt, device):
     if device.type == "cuda":
-        return                                               # there the dtype is the format
+        pytest.skip("there the dtype is the format")
     num = numerics(fmt)
     op, _, inputs, _ = cases(num, torch.float32, "cpu")[name]
     inputs = [num.round(x).requires_grad_() for x in inputs]
@@ -167,6 +165,16 @@ def test_every_output_and_gradient_is_a_number_of_the_format(name, fmt, device):
     y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(3)))   # not rounded: the operator has to
     for t in (y.detach(), *(x.grad for x in inputs)):
         assert torch.equal(t, num.round(t)) or t.shape == y.shape and name == "router_logits"
+
+
+@pytest.mark.parametrize("fmt", ["fp16", "e5m7"])
+def test_a_norm_of_large_numbers(fmt, device):
+    """Numbers that fit the format and whose squares do not: the statistics are FP32's."""
+    num, gain = numerics(fmt, device), torch.nn.Parameter(torch.ones(16, device=device))
+    num.hold([gain])
+    x = num.round(torch.linspace(-20_000, 20_000, 16, device=device))[None]
+    want = x.double() / x.double().square().mean().sqrt()
+    assert (num.rms_norm(x, gain, 1e-6).double() - want).abs().max() <= num.fmt.eps * want.abs().max()
 
 
 @pytest.mark.parametrize("fmt", ["fp16", "bf16", "e5m7"])
@@ -243,9 +251,9 @@ def test_fp16_model_against_an_fp64_reference(device):
 
 def test_gradients_against_fp64_autograd(device):
     """Every parameter's gradient in FP32 numerics is FP64 autograd's through an independent model, for all variants."""
+    if device.type == "cuda":
+        pytest.skip("covered by the operators, one by one")
     for kw in VARIANTS.values():
-        if device.type == "cuda":
-            return                                           # covered by the operators, one by one
         model = tiny(gain=1.5, **kw)
         tokens = torch.randint(0, 67, (4, 11), generator=torch.Generator().manual_seed(1))
         where = torch.ones_like(tokens, dtype=torch.bool)
@@ -380,13 +388,14 @@ def test_small_gradients_underflow_without_a_scale_and_survive_with_one(device):
     where = torch.ones_like(tokens, dtype=torch.bool)
     where[:, 0] = False
 
-    def gradient(fmt, scale):
+    def gradient(fmt, scale=2.0 ** 16):
         model = tiny(device, fmt)
+        scaler = make_scaler(model.num, scale)
         logp, _ = model.token_logprobs(tokens.to(device), where.to(device))
-        (logp.sum() * 1e-9 * scale).backward()
-        return model.blocks[0].qkv.grad.cpu() / scale
+        scaler.scale(logp.sum() * 1e-9).backward()
+        return model.blocks[0].qkv.grad.cpu() / scaler.get_scale()
     assert gradient("fp16", 1.0).abs().max() == 0                             # below 2^-25 everything is flushed to 0
-    exact, scaled = gradient("fp32", 1.0), gradient("fp16", 2.0 ** 16)
+    exact, scaled = gradient("fp32"), gradient("fp16")
     assert (scaled - exact).norm() < 0.05 * exact.norm()
 
 
@@ -442,28 +451,8 @@ def test_the_sampled_kl_estimators_agree_with_the_exact_kl():
     assert m["kl_k1"] == pytest.approx(exact, rel=1e-4) and m["kl_k3"] == pytest.approx(exact, rel=1e-4)
 
 
-def test_a_missing_device_is_one_clear_line():
-    for name in ("cuda:99", "tpu", "mps", "gpu0"):
-        with pytest.raises(InputError, match="device"):
-            pick_device(name)
-
-
-@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0", "cuda:1"])
-def test_a_cuda_device_has_an_index(name, monkeypatch):
-    """torch.cuda.set_device refuses torch.device("cuda"). A machine with two GPUs is simulated down to torch's own
-    check."""
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda d: chosen.append(torch.cuda._utils._get_device_index(d)))
-    device = pick_device(name)
-    assert device.type == "cuda" and [device.index] == chosen == [1 if name == "cuda:1" else 0]
-
-
 def test_banner_names_formats_and_reasons():
     a, b = Numerics("fp16"), Numerics("bf16")
     line = banner(a, a, make_scaler(a))
     assert "rollout fp16, train fp16" in line and "65536" in line and "\n" not in line
     assert "DIFFERENT" in banner(b, a, make_scaler(a))
-    assert np.isfinite(FORMATS["tf32"].max)

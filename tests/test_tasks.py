@@ -10,6 +10,7 @@ import time
 from fractions import Fraction
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,8 +24,9 @@ from data.guard import Guard
 from data.math_answers import last_boxed, tame
 from data.own import load_own
 from data.tasks import make_task
-from data.tokenizer import decode
+from data.tokenizer import PAD, STOP, decode, encode
 from precision import InputError
+from sample import Rollout
 
 HERE = pathlib.Path(__file__).resolve().parent.parent
 FIXTURES = HERE / "data" / "fixtures"
@@ -214,7 +216,7 @@ def test_countdown():
     assert right < 10                                                     # a few have no other way to go
     p = Problem("3,5,7=38:", "(5*7)+3")
     for text, reward in (("#(5*7)+3", 1), ("<answer>3 + 5*7</answer>", 1), ("5*7=35;#3+7*5", 1), ("#38", 0),
-                         ("#5*7+3+0", 0), ("#5*7+3 and", 0), ("(5*7)+3", 0), ("#35+3", 0), ("#5*7+", 0),
+                         ("#5*7+3+0", 0), ("#5*7+3+7-7", 0), ("#5*7+3 and", 0), ("(5*7)+3", 0), ("#35+3", 0), ("#5*7+", 0),
                          ("<answer>1</answer><answer>3+5*7</answer>", 1)):
         assert task.reward(p, text) == reward, text
     assert "3, 5, 7" in task.prompt(p.prompt) and "38" in task.prompt(p.prompt)
@@ -438,6 +440,19 @@ def test_words_for_models_that_read_and_signs_for_those_from_scratch():
     assert Env(task, Chat()).tokens(p)[1].startswith("Using the numbers")
     task.system = "Be brief."
     assert Env(task, Chat()).tokens(p)[0] == "Be brief."
+
+
+def test_each_answer_is_graded_by_its_own_problem_and_cut_off_ones_are_wrong():
+    """Two answers to each of three problems, all of which say the right thing; some without their stop token."""
+    task, stopped = make_task("addition", 1, 0.0), [True, True, True, False, False, True]
+    problems = [Problem("1+1=", "2"), Problem("2+3=", "5"), Problem("4+5=", "9")]
+    rows = [encode(p.prompt + "#" + p.answer) + [STOP] * s for p, s in zip([p for p in problems for _ in "ab"], stopped)]
+    tokens = torch.tensor([r + [PAD] * (8 - len(r)) for r in rows])
+    rollout = Rollout(tokens, torch.zeros(6, 8), torch.full((6,), 4), torch.tensor([len(r) for r in rows]),
+                      torch.tensor(stopped))
+    assert rollout.texts() == ["#2", "#2", "#5", "#5", "#9", "#9"]
+    assert Env(task).rewards(problems, rollout) == [float(s) for s in stopped]
+    assert Env(task).rewards(problems[::-1], rollout) == [0, 0, 1, 0, 0, 0]
 
 
 # --- prepare

@@ -7,21 +7,23 @@ import torch
 from conftest import tiny
 from test_sample import PROMPTS, sampler_of
 
+import operators.code
 import train_rl
 from algorithms import ALGORITHMS, Tokens, batch_baseline, policy_loss
 from data import Problem, Task, draw_problems, load_problems, stream
 from data.env import Env
 from data.tasks import make_task
+from data.tokenizer import PAD, STOP, decode
 from precision import InputError, Numerics, make_scaler
 from run import flags
-from run.base import gpt_config, load_task
+from run.base import demonstrations, find_base, gpt_config, load_task
 from run.checks import first_bad_layer
 from run.flags import PAPER
 from run.folder import State
 from run.lines import all_of, diagnose, step_line
 from run.meter import Meter
-from run.problems import problems_of_step
-from sample import Rollout, Sampler
+from run.problems import choose_problems, perfectible, problems_of_step
+from sample import Rollout, Sampler, solve
 from train_rl import Batch, Config, act, agree, learn, learning_rate, parse_config, score, update
 
 # --- the schedule
@@ -306,6 +308,16 @@ def test_answers_do_not_depend_on_how_many_are_decoded_at_once():
         assert torch.equal(parts.rewards, whole.rewards) and parts.problems == whole.problems
 
 
+def test_a_score_does_not_depend_on_how_many_are_decoded_at_once():
+    """The same for `solve`, of which pass@1 and the perfectible set are made."""
+    sampler = Sampler(tiny(vocab_size=258, gain=2.0), stop=tuple(range(0, 256, 16)), pad=257)
+    problems = [Problem("xx", "")] * 10                 # one problem, so that noise alone tells its answers apart
+    whole = solve(sampler, Env(Odd()), problems, 8, (3, 2))
+    assert len(set(whole)) > 2
+    for rows in (8, 24):
+        assert solve(sampler, Env(Odd()), problems, 8, (3, 2), rows=rows) == whole
+
+
 @pytest.mark.parametrize("rows", [8, 64, 10 ** 6])
 def test_dynamic_sampling_leaves_the_first_answers_alone(rows):
     """The first P problems are answered as ever; only groups that agree are replaced, by answers with other numbers."""
@@ -399,21 +411,25 @@ def test_prompt_is_never_trained():
     assert (meter.logp[prompt] == 0).all() and (out.logp[prompt] == 0).all()
 
 
-def test_clipping_sees_unscaled_gradients(monkeypatch):
-    """With a loss scale of 2^16 the update must be that of scale 1: unscale, then clip, then step."""
-    monkeypatch.setattr(train_rl, "GRAD_CLIP", 1e-3)
-    norms, weights = [], []
-    for scale in (2.0 ** 4, 2.0 ** 14):
-        model, batch = case("fp16")
-        opt = torch.optim.AdamW(model.parameters(), fused=True, weight_decay=0.0)
-        scaler = make_scaler(model.num, scale)
+@pytest.mark.parametrize("fmt, scale", [("fp32", 1.0), ("fp16", 2.0 ** 4), ("fp16", 2.0 ** 14)])
+def test_an_update_is_as_long_as_the_clipped_gradient_whatever_the_loss_scale(fmt, scale, monkeypatch):
+    """With plain gradient descent the weights move by learning rate times gradient, and the longest gradient is
+    GRAD_CLIP. Adam would hide all of this: it divides by the gradient's size."""
+    model, batch = case("fp32")
+    learned(model, batch, CFG)
+    true = gradients(model)
+    length = float(sum(g.square().sum() for g in true.values()).sqrt())
+    for clip, factor in ((length / 5, 0.2), (length * 5, 1.0)):
+        monkeypatch.setattr(train_rl, "GRAD_CLIP", clip)
+        model, _ = case(fmt)                                            # the same weights, and the answers in FP32
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        scaler, opt = make_scaler(model.num, scale), torch.optim.SGD(model.parameters(), lr=9.0)
         learned(model, batch, CFG, scaler)
-        norm, skipped = update(model, opt, scaler, 1e-3)
-        assert not skipped
-        norms.append(norm)
-        weights.append(model.blocks[0].qkv.detach().clone())
-    assert norms[0] == pytest.approx(norms[1], rel=1e-2) and norms[0] > 1e-3
-    assert (weights[0] - weights[1]).abs().mean() < 1e-4
+        norm, skipped = update(model, opt, scaler, 0.5)
+        assert norm == pytest.approx(length, rel=0.02) and not skipped
+        for n, p in model.named_parameters():
+            moved, want = p.detach() - before[n], -0.5 * factor * true[n]
+            assert float((moved - want).norm()) < 0.05 * 0.5 * factor * length, n
 
 
 def test_an_overflow_is_skipped_and_changes_no_weight():
@@ -497,8 +513,59 @@ def test_batches_are_epochs_in_a_fresh_order():
     cfg = Config(prompts=4, seed=1)
     drawn = [p.prompt for s in range(5) for p in problems_of_step(problems, 4 * s, cfg)]
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == sorted(p.prompt for p in problems) and drawn[:10] != drawn[10:]
-    # a function of the place: a resume needs no more
-    assert problems_of_step(problems, 12, cfg) == problems_of_step(problems, 12, cfg)
+    # a function of the place alone, in whatever steps they are asked: a resume needs no more
+    one = dataclasses.replace(cfg, prompts=1)
+    assert [problems_of_step(problems, i, one)[0].prompt for i in range(20)] == drawn
+
+
+def test_the_perfectible_set_leaves_out_what_is_solved_always_or_never(monkeypatch):
+    pool = [Problem(str(k), "") for k in range(17)]
+    monkeypatch.setattr("run.problems.solved", lambda *_: list(range(17)))             # of 16 tries
+    kept = perfectible(None, None, pool, Config(keep=(0.25, 0.75)), ())
+    assert [int(p.prompt) for p in kept] == list(range(4, 13))
+    with pytest.raises(InputError, match="no problem was kept"):
+        perfectible(None, None, pool, Config(keep=(0.26, 0.3)), ())
+
+
+def test_no_held_out_problem_is_in_the_pool(tmp_path):
+    """Drawn ones, those of one file, and those of two."""
+    def both(cfg, env):
+        pool, heldout = choose_problems(cfg, env)
+        a, b = {p.prompt for p in pool}, {p.prompt for p in heldout}
+        assert len(a) == len(pool) and len(b) == len(heldout) and not a & b
+        return len(pool), len(heldout)
+    cfg = Config(digits=1, pool=45, heldout="36")                       # all 81 that there are
+    assert both(cfg, load_task(cfg)) == (45, 36)
+
+    class Words:
+        form = "chatml"
+
+        def prompt(self, text, system=""):
+            return text.split()
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(f'{{"question": "{i}", "answer": "#### {i}"}}\n' for i in range(20)))
+    env = Env(make_task("gsm8k"), Words())
+    assert both(Config(task="gsm8k", data=str(path), heldout="8", pool=0), env) == (12, 8)
+
+
+def test_demonstrations_are_trained_from_their_first_token_to_the_stop_token():
+    tokens, answer = demonstrations(make_task("addition", 2, 0.0), 20, stream(0))
+    for row, where in zip(tokens.tolist(), answer.tolist()):
+        end = row.index(STOP)
+        assert decode(row[:6]).endswith("=") and set(row[end + 1:]) <= {PAD}
+        assert where == [6 <= i <= end for i in range(len(row))]
+
+
+def test_other_code_is_another_base(monkeypatch):
+    """What comes from the cache was made by the code that is here now."""
+    cfg, real = Config(fast=False), operators.code.fingerprint
+    before = find_base(cfg, torch.device("cpu"))[1]
+    assert find_base(cfg, torch.device("cpu"))[1] == before
+    for file in ("precision.py", "model.py", "operators/exact.py", "data/addition.py", "run/base.py"):
+        monkeypatch.setattr("operators.code.fingerprint", lambda f, file=file: real(f) + "edited" * (f == file))
+        assert find_base(cfg, torch.device("cpu"))[1] != before, file
+    monkeypatch.setattr("operators.code.fingerprint", lambda f: real(f) + "edited" * (f == "run/lines.py"))
+    assert find_base(cfg, torch.device("cpu"))[1] == before
 
 
 def test_addition_worked_by_hand():
