@@ -12,8 +12,8 @@ R answers of T columns, FP32. Three policies:
     pi       learns (`logp`, the only one with a gradient)
 
 With --old-policy rollout ("bypass") pi_old is mu: the ratio holds the mismatch too. With recomputed
-("decoupled") it is pi before the batch's first update: the ratio forgets the mismatch, and a
-correction pi_old / mu has to bring it back.
+("decoupled") it is pi before the batch's first update: the ratio does not hold the mismatch. Then a
+correction, pi_old / mu, can put it back.
 
 A loss of your own is a function like `clipped` and a line in ALGORITHMS at the end.
 """
@@ -91,7 +91,7 @@ def policy_gradient(t):
 
 def clipped(t):
     """max(-A r, -A clip(r, 1 - low, 1 + high)), r = pi / pi_old (PPO: Schulman et al. 2017, eq. 7).
-    The pessimistic of the two: what has moved far enough in the good direction has no gradient."""
+    A token whose ratio has moved past the clip in the wanted direction gets no more gradient."""
     ratio, (low, high) = ratio_of(t.logp - t.logp_old), t.clip
     return torch.maximum(-t.A * ratio, -t.A * ratio.clamp(1 - low, 1 + high))
 
@@ -118,7 +118,7 @@ def k3(logp, logp_ref):
 
 # --------------------------------------------------------------------------------------------------
 # Averages: the loss is sum(loss * weight) / units.sum(), over the tokens that the correction kept.
-# What is rejected counts in neither: left in the denominator it would lower the learning rate.
+# A rejected token counts in neither: in the denominator it would only make the step smaller.
 
 
 def mean(x, mask):
@@ -143,7 +143,7 @@ def per_token(kept, room):
 
 
 # --------------------------------------------------------------------------------------------------
-# Corrections: weights rho of pi / mu, without a gradient. A level: of what. A rule: what is done
+# Corrections: weights rho of pi / mu, without a gradient. Level: token, answer. Rule: how it is cut
 
 
 def token(log_ratio, mask):

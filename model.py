@@ -268,7 +268,7 @@ class GPT(nn.Module):
         return self
 
     def adapt(self, rank, seed=0):
-        """Freeze every weight, add LoRA adapters to all projections but the experts'. Then hold."""
+        """Freeze all weights; adapters (LoRA) for each projection but the experts'. Then hold."""
         device, g = self.embedding.device, torch.Generator().manual_seed(seed)
         self.requires_grad_(False)
         for block in self.blocks:

@@ -1,4 +1,4 @@
-"""precision.py: number formats and the model's operators. Only this file rounds a number.
+"""precision.py: number formats, rounding, and the model's operators.
 
 RL fine-tuning acts with one set of roundings and learns with another. This file makes both the
 same. `Numerics` is one number format on one device. The model, the sampler and the trainer call its
@@ -7,9 +7,9 @@ operators and nothing else. Each operator is plain differentiable torch in FP32 
     up(x)     the FP32 view of an input; on the way back, its gradient is rounded to the format
     down(y)   the output, rounded to the format; on the way back, the gradient passes in FP32
 
-A number is rounded there and nowhere else. Two operators have a backward pass of their own: the
-product, because the gradient of a weight must stay in FP32, and the token log-probs, because their
-logits must not all exist at once. How a value is stored depends on the device:
+Weights are rounded too (`hold`, `refresh`), and the gradient of the logits; nothing else is. Two
+operators have a backward pass of their own: the product, since the gradient of a weight must stay
+in FP32, and the token log-probs, whose logits come in chunks. How is a value stored?
 
     CUDA   in the format itself. Tensor cores multiply, add up in FP32, round on output.
     CPU    in FP32 tensors that hold only numbers of the format. An FP32 product, then one rounding.
@@ -75,8 +75,8 @@ def parse_format(text):
         return FORMATS[name]
     m = re.fullmatch(r"e(\d{1,3})m(\d{1,3})", name)
     if not m:
-        raise InputError(f"unknown number format {str(text)[:40]!r}{nearest(name, FORMATS)}: "
-                         f"use {', '.join(FORMATS)} or eXmY such as e5m7")
+        raise InputError(f"unknown number format {str(text)[:40]!r}{nearest(name, FORMATS)} "
+                         f"(use {', '.join(FORMATS)} or eXmY such as e5m7)")
     exp, man = int(m[1]), int(m[2])
     if not (2 <= exp <= 8 and 1 <= man <= 23):
         raise InputError(f"number format {text!r} makes no sense: eXmY needs 2 to 8 exponent bits "
@@ -118,7 +118,7 @@ class Numerics:
     operator (kind "forward") and the gradient of each input ("backward")."""
 
     exact = False                       # operators/exact.py: rollout and training agree bit for bit
-    operators = "torch's"
+    operators = "plain"
 
     def __init__(self, fmt, device="cpu"):
         self.fmt = parse_format(fmt) if isinstance(fmt, str) else fmt
@@ -247,7 +247,7 @@ class Numerics:
 
     def log_softmax(self, logits, temperature=1.0):
         """FP32 log-probs of the tempered policy (..., V). Sampler and trainer both call this one. A
-        temperature divides the *logits*, on both sides: no number format mends another mismatch."""
+        temperature divides the *logits* on both sides: on one alone it would make two policies."""
         return torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)
 
     def logits(self, h, w):

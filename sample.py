@@ -191,8 +191,8 @@ class Sampler:
 
     def _write(self, out, tokens, logps, routes):
         """Sampled tokens (T, R) go after the prompts, up to the first stop token. A row that had
-        finished went on being sampled until it was dropped: what follows its stop token is no
-        answer."""
+        finished went on being sampled until it was dropped: what follows its stop token is thrown
+        away."""
         is_stop = self.ends(tokens)
         live = is_stop.cumsum(0) - is_stop.long() == 0
         out.stopped |= is_stop.any(0)

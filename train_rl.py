@@ -48,7 +48,8 @@ GRAD_CLIP = 1.0                         # largest norm of the whole gradient
 WARMUP = 6                            # updates of linear rise: Adam's first move every weight by lr
 
 # --------------------------------------------------------------------------------------------------
-# Settings. Each is a flag, and says all that is known of it here (run/flags.py)
+# Settings. Each is a flag, with help, bounds and defaults (run/flags.py). later: a resumed run may
+# change it; free: it does not change what the test asks; common: it is in --help
 
 run_, task_, real_, base_, rl_, num_, size_ = (partial(setting, group) for group in (
     "the run", "the task", "a real model", "a model from scratch", "RL", "precision", "sizes"))
@@ -155,7 +156,7 @@ class Batch:
     rollout: Rollout
     problems: list = ()
     rewards: torch.Tensor | None = None             # (P, G) FP32
-    seen: torch.Tensor | None = None    # those of every answer of the step, also of replaced groups
+    seen: torch.Tensor | None = None    # rewards of all answers, of replaced groups as well
     advantage: torch.Tensor | None = None           # (R,)
     logp_old: torch.Tensor | None = None   # (R, T) log pi_old, where it is neither mu nor pi itself
     logp_reference: torch.Tensor | None = None      # (R, T)
@@ -262,8 +263,8 @@ def learn(model, batch, cfg, scaler, room, meter=None, rows=None):
     """Forward and backward over the answers `rows` (default: all), in micro-batches. room: tokens
     of the longest answer possible. Returns the loss.
 
-    Where answers without advantage have no gradient (no KL penalty, no entropy bonus) they go
-    forward only, so that the mismatch is measured on all tokens."""
+    Answers with advantage 0 get no backward pass if nothing else gives them a gradient (such as a
+    KL penalty). They still go forward: the mismatch is measured on all tokens."""
     device = batch.rollout.tokens.device
     rows = torch.arange(len(batch.advantage), device=device) if rows is None else rows
     divisor, loss = denominator(model, batch, rows, cfg, room), 0.0

@@ -109,7 +109,7 @@ def draw_problems(task, n, rng, exclude=()):
             if len(out) == n:
                 return out
     raise input_error(f"the task has too few different problems for {n} of them and {len(exclude)} "
-                      "others: lengthen it with --digits, or lower --pool and --heldout")
+                      "others: more --digits, or fewer of them (--pool, --heldout, --problems)")
 
 
 def load_problems(path, forms=(("prompt", "answer"),), answer=None):

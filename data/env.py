@@ -11,9 +11,10 @@ class Env:
 
     def __init__(self, task, tokenizer=Bytes, answer_length=0, say=print):
         self.task, self.tokenizer = task, tokenizer
-        # a model that reads is asked in words; one without a chat form imitates the problem's own
-        # signs
+        # a model that reads is asked in words; one without a chat form imitates the problem's signs
         self.reads = tokenizer is not Bytes and (task.loads or tokenizer.form != "plain")
+        if tokenizer is Bytes and task.draws and not task.answer_length:
+            task.measure()                                  # one of your own, for a model from scratch
         self.prompt_length = task.prompt_length
         self.answer_length = answer_length or task.answer_length or ANSWER
         self.guard = Guard(task, say=say)

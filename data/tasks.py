@@ -18,8 +18,8 @@ def make_task(name, digits=0, noise=0.0):
     if name not in {**SCRATCH, **REAL}:
         from precision import nearest
         known = ", ".join([*SCRATCH, *REAL])
-        raise input_error(f"no task {name[:80]!r}{nearest(name, {**SCRATCH, **REAL})}: there are {known}, "
-                          "and a file of your own such as data/example_task.py")
+        raise input_error(f"no task {name[:80]!r}{nearest(name, {**SCRATCH, **REAL})} (there are {known}, "
+                          "and a file of your own such as data/example_task.py)")
     task = SCRATCH[name](digits, noise) if name in SCRATCH else REAL[name]()
     task.name = name
     return task

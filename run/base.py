@@ -40,8 +40,6 @@ def load_task(cfg):
     if not task.draws:
         raise InputError(f"--task {cfg.task} needs a model that can read: --model FOLDER, a checkpoint from "
                          "the Hugging Face hub")
-    if not task.prompt_length:
-        task.measure()
     return Env(task, Bytes, 0, say)
 
 
@@ -78,7 +76,7 @@ def find_base(cfg, device, env=None):
                compiled=not plain and fingerprint("operators/block.c"))
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     task = cfg.task.rpartition("/")[2].removesuffix(".py")
-    path = CACHE / f"base-{task}{cfg.digits}-{name}" / "checkpoint.pt"
+    path = CACHE / f"base-{task}-{name}" / "checkpoint.pt"
     if path.exists():
         try:
             return load_model(load_checkpoint(path, device), device, expect=shape), path, key
@@ -158,7 +156,7 @@ def train_base(model, env, cfg):
         num.refresh()
         if (step + 1) % max(1, cfg.base_steps // 10) == 0:
             spent = time.time() - begin
-            say(f"  warm-up {step + 1:5}/{cfg.base_steps}  loss {loss.item():.3f}  {clock(spent)} spent, "
+            say(f"  imitation {step + 1:5}/{cfg.base_steps}  loss {loss.item():.3f}  {clock(spent)} spent, "
                 f"{clock(spent / (step + 1) * (cfg.base_steps - step - 1))} to go")
     if not math.isfinite(loss.item()) or not all(torch.isfinite(p).all() for p in model.parameters()):
         raise InputError(f"the base model's loss is {loss.item()}: imitation diverged; lower --base-lr")

@@ -19,7 +19,7 @@ def draw(folder, mark=0.95):
     steps, cfg = [r for r in rows if "step" in r], rows[0]["config"]
     result = rows[-1].get("result", {})
     if len(steps) < FEWEST:
-        return f"no curves.png: {len(steps)} steps are too few to draw"
+        return f"no curves.png: fewer than {FEWEST} steps"
     try:
         import matplotlib
     except ImportError:

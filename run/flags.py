@@ -88,8 +88,8 @@ def by_algorithm(given):
     if name is None:
         return given
     if name not in {**ALGORITHMS, **PAPER}:
-        raise InputError(f"no algorithm {name[:40]!r}{nearest(name, {**ALGORITHMS, **PAPER})}: --algo is "
-                         f"one of {', '.join({**ALGORITHMS, **PAPER})}")
+        raise InputError(f"no algorithm {name[:40]!r}{nearest(name, {**ALGORITHMS, **PAPER})} (there are "
+                         f"{', '.join({**ALGORITHMS, **PAPER})})")
     return {**PAPER.get(name, {}), **given, "algo": PAPER.get(name, dict(algo=name))["algo"]}
 
 
@@ -139,8 +139,8 @@ def check_correction(cfg):
     if cfg.correction == "none":
         return
     if name not in CORRECTIONS or name == "none":
-        raise InputError(f"no correction {cfg.correction[:40]!r}{nearest(name, CORRECTIONS)}: there are "
-                         f"{', '.join(CORRECTIONS)}")
+        raise InputError(f"no correction {cfg.correction[:40]!r}{nearest(name, CORRECTIONS)} (there are "
+                         f"{', '.join(CORRECTIONS)})")
     try:
         _, _, low, high = parse_correction(cfg.correction)
     except ValueError:                                      # no numbers, or too many
@@ -166,6 +166,8 @@ def resumed(config, saved, given):
     algorithm comes with its own settings, and without those of the old one."""
     refuse_settled(config, given)
     cfg = dict(saved)
+    if given.get("algo", cfg["algo"]) not in ALGORITHMS:
+        raise InputError(f"the run's --algo {cfg['algo']} is no longer in algorithms.py; name another one")
     if "algo" in given:
         own = {k for a in ALGORITHMS.values() for k in a.settings} | {"old_policy", "correction"}
         cfg |= {f.name: f.default for f in dataclasses.fields(config) if f.name in own}
@@ -200,7 +202,7 @@ def entry(f, full):
         values += [f"{words[k]} {plain(v)}" for k, v in m["presets"].items()]
         text += f" ({'; '.join(values)})" if values else ""
         text += f". Counts {m['when'][0]}" if m["when"] else ""
-    lines = textwrap.wrap(text, 68)
+    lines = textwrap.wrap(text, 68, break_on_hyphens=False)
     if len(name) > 27:
         return "\n".join([f"  {name}", *(" " * 30 + x for x in lines)])
     return "\n".join([f"  {name:27} {lines[0]}", *(" " * 30 + x for x in lines[1:])])

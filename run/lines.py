@@ -20,7 +20,8 @@ def banner(rollout, train, scaler):
     if train.device.type == "cuda":
         where = torch.cuda.get_device_name(train.device)
     else:
-        where = f"CPU, {torch.get_num_threads()} threads, {train.operators} operators"
+        n = torch.get_num_threads()
+        where = f"CPU, {n} thread{'s' * (n > 1)}, {train.operators} operators"
     how = "products in FP32"
     if train.half:
         how = "tensor cores, 16-bit reductions off: sums in FP32"
@@ -33,7 +34,7 @@ def banner(rollout, train, scaler):
     elif train.exact:
         same = "exact, one order of summation on both sides"
     bits = f"{train.fmt.exp} exponent bits"
-    scale = (f"loss scale {scaler.get_scale():.0f} ({bits})" if scaler.is_enabled()
+    scale = (f"loss scale {power_of_two(scaler.get_scale())} ({bits})" if scaler.is_enabled()
              else f"no loss scale ({bits} reach as far as FP32)")
     return (f"{where}: {how}\nrollout {rollout.fmt.name}, train {train.fmt.name}: {same}\n{scale}")
 
@@ -43,15 +44,21 @@ def short(x, digits=1):
     return "0" if x == 0 else re.sub(r"e([+-])0+", r"e\1", f"{x:.{digits}e}")
 
 
+def power_of_two(x):
+    """65536.0 -> 2^16"""
+    power = math.log2(x)
+    return f"2^{power:.0f}" if power and power == int(power) else f"{x:.0f}"
+
+
 def step_line(m, steps, eta):
     """One step in at most 100 columns. The rest of its metrics is in metrics.jsonl."""
-    power, spent = math.log2(m["loss_scale"]), m["t_rollout"] + m["t_train"]
-    scale = f"2^{power:.0f}" if power and power == int(power) else f"{m['loss_scale']:.0f}"
+    spent = m["t_rollout"] + m["t_train"]
     left = clock(eta) if eta < 3600 else f"{eta / 60:.0f}m"
     return (f"step {m['step']:{len(str(steps))}}/{steps}  "
             f"acc {m['accuracy']:.3f} len {m['length']:3.0f} ent {m['entropy']:.3f}  "
-            f"gap {short(m['logp_gap_mean']):6} kl {short(m['kl_k3'], 0):5}  "
-            f"|g| {m['grad_norm']:<5.2g} scale {scale}  {spent:.{int(spent < 99)}f}s eta {left}")
+            f"gap {short(m['logp_gap_mean']):7} kl {short(m['kl_k3'], 0):5}  "
+            f"|g| {m['grad_norm']:<5.2g} scale {power_of_two(m['loss_scale'])}  "
+            f"{spent:.{2 - (spent >= 1) - (spent >= 10)}f}s eta {left}")
 
 
 def all_of(m):
@@ -142,5 +149,5 @@ def verdict(cfg, state, first, accuracy, learned, after, passed, mark):
         say("no verdict: changed from the preset: "
             + ", ".join("--" + c.replace("_", "-") for c in state.changed))
     else:
-        say(f"{'PASS' if passed else 'FAIL'}: {cfg.task} of {cfg.digits} digits, {first:.3f} right in step 1, "
+        say(f"{'PASS' if passed else 'FAIL'}: {cfg.task} with --digits {cfg.digits}, {first:.3f} right in step 1, "
             f"{accuracy:.3f} now; the sanity test asks for {mark:.3f}")

@@ -6,6 +6,7 @@ import torch
 
 from data import Problem
 from operators import numerics, why_plain
+from operators.compiled import edited
 from operators.device import pick_device
 from precision import InputError, make_scaler
 from run import base, flags, memory
@@ -33,6 +34,9 @@ def prepare(cfg, given, saved, learn):
     say(banner(acting, learning, make_scaler(learning, cfg.init_scale)))
     if cfg.fast and device.type == "cpu" and why_plain(device):
         say(f"note: plain operators, slower than the compiled ones: {why_plain(device)}")
+    if cfg.exact and "precision.py" in edited():
+        say("note: precision.py was edited. --exact has products, norms, SwiGLU, attention and log_softmax of its "
+            "own in operators/exact.py: make the same edit there")
     if saved:
         env.prompt_length, state = saved["prompt_length"], State()
         state.problems = [Problem(*p) for p in saved["problems"]]

@@ -310,7 +310,7 @@ def test_help_is_short_and_help_all_is_whole(capsys):
     named = set(re.findall(r"--[a-z][a-z-]*[a-z]", everything))
     for name in ours:
         assert name in named or "--no-" + name[2:] in named, name
-    assert len(ours | {"--resume", "--plan"}) <= 48
+    assert len(ours) <= 48
     assert called(capsys, "-h")[1] == out
 
 
@@ -413,7 +413,7 @@ def test_code_that_does_the_same_gives_the_same(copies):
     assert steps == unedited
     if COMPILED:
         assert steps != copies.unedited()[0]
-        assert re.search("^note: plain operators.*precision.py", said, re.M) and "torch's operators:" in said
+        assert re.search("^note: plain operators.*precision.py", said, re.M) and "plain operators:" in said
 
 
 @pytest.mark.parametrize("name", EDITS)
@@ -426,7 +426,7 @@ def test_what_you_read_is_what_runs(copies, name):
     for step, *unedited in zip(steps, *before):
         assert step not in unedited
     if operator and COMPILED:
-        assert re.search(f"^note: plain operators.*{file}", said, re.M) and "torch's operators:" in said
+        assert re.search(f"^note: plain operators.*{file}", said, re.M) and "plain operators:" in said
     elif COMPILED:
         assert "compiled operators:" in said and "note: plain operators" not in said
 

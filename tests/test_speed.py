@@ -131,7 +131,7 @@ def test_modes_are_what_they_say(monkeypatch, capsys, tmp_path):
     for m, r in report.items():
         num = speed.in_mode(size, torch.device("cpu"), m).num
         assert num.exact == ("exact" in m) and num.fmt.name == m[:4]
-        assert (num.operators == "torch's" or num.operators == "exact") or "--no-fast" not in m
+        assert (num.operators == "plain" or num.operators == "exact") or "--no-fast" not in m
         if "exact" not in m:
             assert r["step_over_ordinary"] == 1.0
         assert r["memory_over_ordinary"] == (1.2 if "exact" in m else 1.0)

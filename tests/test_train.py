@@ -498,9 +498,9 @@ def test_the_step_line_fits_100_columns():
              loss_scale=2.0 ** 16, t_rollout=12.3, t_train=20.0)
     line = step_line(m, 200, 7300)
     assert len(line) <= 100 and line.split() == (
-        "step 200/200 acc 0.604 len 512 ent 0.092 gap 9.6e-6 kl 3e-10 |g| 0.074 scale 2^16 32.3s eta 122m").split()
+        "step 200/200 acc 0.604 len 512 ent 0.092 gap 9.6e-6 kl 3e-10 |g| 0.074 scale 2^16 32s eta 122m").split()
     rest = step_line(m | dict(logp_gap_mean=0.0, kl_k3=0.0, grad_norm=math.inf, loss_scale=1.0), 200, 61).split()
-    assert rest[8:] == "gap 0 kl 0 |g| inf scale 1 32.3s eta 1:01".split()
+    assert rest[8:] == "gap 0 kl 0 |g| inf scale 1 32s eta 1:01".split()
     shown = all_of(m).split()
     assert all(k in shown for k in m) and max(map(len, all_of(m).splitlines())) <= 100
 
