@@ -15,7 +15,7 @@ from data.env import Env
 from data.tasks import make_task
 from data.tokenizer import PAD, STOP, decode
 from precision import InputError, Numerics, make_scaler
-from run import flags
+from run import checks, flags
 from run.base import demonstrations, find_base, gpt_config, load_task
 from run.checks import first_bad_layer
 from run.flags import PAPER
@@ -441,6 +441,12 @@ def test_an_overflow_is_skipped_and_changes_no_weight():
     _, skipped = update(model, opt, scaler, 1e-3)
     assert skipped and scaler.get_scale() == 2.0 ** 29
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+
+
+@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="enable_grad stands on checks.rejects, the function above")
+def test_whether_an_answer_learns_can_be_asked_where_there_is_no_gradient():
+    with torch.no_grad():
+        assert checks.idle(CFG) and not checks.idle(dataclasses.replace(CFG, kl_beta=0.1))
 
 
 # --- what is said when something is off
