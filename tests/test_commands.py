@@ -17,6 +17,7 @@ from conftest import COMPILED, tiny
 import train_rl
 from data.addition import Addition
 from precision import InputError
+from run import flags as settings
 from run.checkpoint import load_checkpoint, save_checkpoint
 from run.console import run_main
 
@@ -295,6 +296,23 @@ def test_a_flag_without_effect_is_refused(here, capsys, flags, words):
 def test_flags_without_effect_through_the_real_command(home):
     err = refuse(home, "--max-answer", "40")
     assert err.startswith("train_rl.py: --max-answer would have no effect")
+
+
+def test_exact_mode_says_that_an_edit_needs_a_second_one(here, learns, capsys, monkeypatch):
+    """operators/exact.py has operators of its own: an edit of precision.py alone would do nothing with --exact."""
+    for edited, told in (["precision.py"], True), (["model.py"], False), ([], False):
+        monkeypatch.setattr("run.start.edited", lambda edited=edited: edited)
+        _, out, _ = called(capsys, *SMALL, "--exact", "--steps", "1", "--out", f"exact-{len(edited)}-{told}")
+        assert ("own in operators/exact.py: make the same edit there" in out) == told
+    _, out, _ = called(capsys, *SMALL, "--steps", "1", "--out", "not-exact")
+    assert "operators/exact.py" not in out
+
+
+def test_an_algorithm_that_is_gone_is_one_line():
+    saved = dataclasses.asdict(train_rl.Config(algo="mine"))
+    with pytest.raises(InputError, match="--algo mine is no longer in algorithms.py"):
+        settings.resumed(train_rl.Config, saved, {})
+    assert settings.resumed(train_rl.Config, saved, dict(algo="pg"))["algo"] == "pg"
 
 
 def test_help_is_short_and_help_all_is_whole(capsys):
