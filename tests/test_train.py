@@ -443,7 +443,6 @@ def test_an_overflow_is_skipped_and_changes_no_weight():
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="enable_grad stands on checks.rejects, the function above")
 def test_whether_an_answer_learns_can_be_asked_where_there_is_no_gradient():
     with torch.no_grad():
         assert checks.idle(CFG) and not checks.idle(dataclasses.replace(CFG, kl_beta=0.1))
