@@ -111,7 +111,7 @@ def panel(ax, summary, records, names, key, text=""):
     if key == "accuracy":
         ax.axhline(0.95, color="gray", lw=0.8, ls=":")             # the paper's pass mark
         ax.set_ylim(0, 1.02)
-    else:
+    elif ax.dataLim.y1 > 0:                                        # KL is 0 in exact mode
         ax.set_yscale("log")
     ax.set(title=text, xlabel="RL step", ylabel=AXES[key])
     ax.legend()
