@@ -55,25 +55,9 @@ INLINE void store(float *p, vf v, int m) {
                        if (i < (n)) { const int m = (n) - i; __VA_ARGS__; } }
 
 INLINE float sum(vf v) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
-#else
     for (int h = VL / 2; h; h /= 2)
         for (int i = 0; i < h; i++) v[i] += v[i + h];
     return v[0];
-#endif
-}
-
-/* the sums of four vectors, in an order of their own */
-INLINE void sum4(vf a, vf b, vf c, vf d, float *out) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    __m256 s = _mm256_hadd_ps(_mm256_hadd_ps((__m256)a, (__m256)b), _mm256_hadd_ps((__m256)c, (__m256)d));
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
-#else
-    out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
-#endif
 }
 
 INLINE float greatest(vf v) {                       /* nan if there is one */
@@ -102,7 +86,7 @@ INLINE vf sigmoid(vf x) {                           /* the smaller of e^x and e^
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */
-/* Rounding to nearest even, as precision.emulate does it; `kind` is known when this is compiled */
+/* Rounding to nearest even, as precision.emulate does it. `kind` does not change in a loop: the compiler asks for it once */
 
 typedef struct { int32_t kind, cut; float tiny, big, max; } format;
 enum { FP32, FP16, WIDE, ANY };           /* WIDE: FP32's exponent bits, fewer mantissa bits */
@@ -122,70 +106,62 @@ INLINE vf any_format(vf x, format f) {
     return pick(a < f.tiny, sub, y);
 }
 
-INLINE vf rounded(vf x, const int kind, format f) {
-    if (kind == FP32) return x;
-    if (kind == WIDE) return cut_bits(x, f.cut);
+INLINE vf rounded(vf x, format f) {
+    if (f.kind == FP32) return x;
+    if (f.kind == WIDE) return cut_bits(x, f.cut);
 #if defined(__AVX512F__)
-    if (kind == FP16) return (vf)_mm512_cvtph_ps(_mm512_cvtps_ph((__m512)x, 0));
+    if (f.kind == FP16) return (vf)_mm512_cvtph_ps(_mm512_cvtps_ph((__m512)x, 0));
 #elif defined(__F16C__)
-    if (kind == FP16) return (vf)_mm256_cvtph_ps(_mm256_cvtps_ph((__m256)x, 0));
+    if (f.kind == FP16) return (vf)_mm256_cvtph_ps(_mm256_cvtps_ph((__m256)x, 0));
 #endif
     return any_format(x, f);
 }
 
-/* call, compiled once for each kind of rounding; a function f is f_ in all its kinds */
-#define FOR_KINDS(f, call) switch (f.kind) { \
-    case FP32: { const int kind = FP32; call; } break; case FP16: { const int kind = FP16; call; } break; \
-    case WIDE: { const int kind = WIDE; call; } break; default: { const int kind = ANY; call; } }
-
 /* ------------------------------------------------------------------------------------------------------------------ */
 /* One vector at a time */
 
-INLINE void add_(const float *x, const float *y, float *z, long n, format f, const int kind) {
+/* z = round(x + y), or round(x) without y; z may be x */
+void add(const float *x, const float *y, float *z, long n, format f) {
     PARALLEL(n) for (long b = 0; b < n; b += 4096) {
         long e = n - b < 4096 ? n - b : 4096;
         const float *xb = x + b, *yb = y ? y + b : 0;
         float *zb = z + b;
-        if (yb) EACH(e, store(zb + i, rounded(load(xb + i, m, 0) + load(yb + i, m, 0), kind, f), m))
-        else EACH(e, store(zb + i, rounded(load(xb + i, m, 0), kind, f), m))
+        if (yb) EACH(e, store(zb + i, rounded(load(xb + i, m, 0) + load(yb + i, m, 0), f), m))
+        else EACH(e, store(zb + i, rounded(load(xb + i, m, 0), f), m))
     }
 }
-/* z = round(x + y), or round(x) without y; z may be x */
-void add(const float *x, const float *y, float *z, long n, format *f) { FOR_KINDS((*f), add_(x, y, z, n, *f, kind)) }
 
-INLINE void swiglu_(const float *x, float *y, long rows, long F, format f, const int kind) {
+/* x (rows, 2F) -> silu(first half) * second half */
+static void swiglu(const float *x, float *y, long rows, long F, format f) {
     PARALLEL(rows * F) for (long r = 0; r < rows; r++) {
         const float *g = x + r * 2 * F, *v = g + F;
         float *o = y + r * F;
         EACH(F, {
             vf a = load(g + i, m, 0);
-            store(o + i, rounded(a * sigmoid(a) * load(v + i, m, 0), kind, f), m);
+            store(o + i, rounded(a * sigmoid(a) * load(v + i, m, 0), f), m);
         })
     }
 }
-/* x (rows, 2F) -> silu(first half) * second half */
-static void swiglu(const float *x, float *y, long rows, long F, format *f) { FOR_KINDS((*f), swiglu_(x, y, rows, F, *f, kind)) }
 
-INLINE void swiglu_back_(const float *x, const float *dy, float *dx, float *y, long rows, long F, format f, const int kind) {
+/* ... and back: dy (rows, F) -> dx (rows, 2F); if y is given, the output once more */
+static void swiglu_back(const float *x, const float *dy, float *dx, float *y, long rows, long F, format f) {
     PARALLEL(rows * F) for (long r = 0; r < rows; r++) {
         const float *g = x + r * 2 * F, *v = g + F, *d = dy + r * F;
         float *dg = dx + r * 2 * F, *dv = dg + F;
         EACH(F, {
             vf a = load(g + i, m, 0), b = load(v + i, m, 0), c = load(d + i, m, 0);
             vf s = sigmoid(a);
-            if (y) store(y + r * F + i, rounded(a * s * b, kind, f), m);
-            store(dv + i, rounded(c * (a * s), kind, f), m);
-            store(dg + i, rounded(c * b * (s * (1.f + a * (1.f - s))), kind, f), m);
+            if (y) store(y + r * F + i, rounded(a * s * b, f), m);
+            store(dv + i, rounded(c * (a * s), f), m);
+            store(dg + i, rounded(c * b * (s * (1.f + a * (1.f - s))), f), m);
         })
     }
 }
-/* ... and back: dy (rows, F) -> dx (rows, 2F); if y is given, the output once more */
-static void swiglu_back(const float *x, const float *dy, float *dx, float *y, long rows, long F, format *f) {
-    FOR_KINDS((*f), swiglu_back_(x, dy, dx, y, rows, F, *f, kind))
-}
 
-INLINE void rope_(float *x, float *q, float *k, float *v, const int64_t *slots, const long *strides, long B, long T, long H, long KV, long D,
-                  const float *cos, const float *sin, long table, const int back, format f, const int kind) {
+/* x (B, T, H + 2 KV, D) <-> q, k rotated by the tables cos, sin (T, D/2), a table a row if `table` is not 0, and v as it is;
+   strides: row, head and token of q, of k and of v; slots: where each row's k and v begin, if that is not the same for all */
+static void rope(float *x, float *q, float *k, float *v, const int64_t *slots, const long *strides, long B, long T, long H, long KV, long D,
+                  const float *cos, const float *sin, long table, long back, format f) {
     PARALLEL(B * T * (H + KV) * D) for (long bt = 0; bt < B * T; bt++) {
         long b = bt / T, t = bt % T;
         const float *c = cos + b * table + t * D / 2, *s = sin + b * table + t * D / 2;
@@ -194,50 +170,39 @@ INLINE void rope_(float *x, float *q, float *k, float *v, const int64_t *slots, 
             const long *st = strides + 3 * which;
             float *p = x + (bt * (H + 2 * KV) + h) * D, *o = which == 0 ? q : which == 1 ? k : v;
             o += b * st[0] + (h - (which == 0 ? 0 : which == 1 ? H : H + KV)) * st[1] + (t + (slots && which ? slots[b] : 0)) * st[2];
-            if (which == 2 && back) EACH(D, store(p + i, rounded(load(o + i, m, 0), kind, f), m))
+            if (which == 2 && back) EACH(D, store(p + i, rounded(load(o + i, m, 0), f), m))
             else if (which == 2) memcpy(o, p, 4 * D);
             else if (back) EACH(D / 2, {                                /* the inverse of a rotation by a is one by -a */
                 vf ci = load(c + i, m, 0), si = load(s + i, m, 0), y = load(o + i, m, 0), z = load(o + D / 2 + i, m, 0);
-                store(p + i, rounded(y * ci + z * si, kind, f), m);
-                store(p + D / 2 + i, rounded(z * ci - y * si, kind, f), m);
+                store(p + i, rounded(y * ci + z * si, f), m);
+                store(p + D / 2 + i, rounded(z * ci - y * si, f), m);
             })
             else EACH(D / 2, {
                 vf ci = load(c + i, m, 0), si = load(s + i, m, 0), y = load(p + i, m, 0), z = load(p + D / 2 + i, m, 0);
-                store(o + i, rounded(y * ci - z * si, kind, f), m);
-                store(o + D / 2 + i, rounded(z * ci + y * si, kind, f), m);
+                store(o + i, rounded(y * ci - z * si, f), m);
+                store(o + D / 2 + i, rounded(z * ci + y * si, f), m);
             })
         }
     }
-}
-/* x (B, T, H + 2 KV, D) <-> q, k rotated by the tables cos, sin (T, D/2), a table a row if `table` is not 0, and v as it is;
-   strides: row, head and token of q, of k and of v; slots: where each row's k and v begin, if that is not the same for all */
-static void rope(float *x, float *q, float *k, float *v, const int64_t *slots, const long *strides, long B, long T, long H, long KV, long D,
-          const float *cos, const float *sin, long table, long back, format *f) {
-    if (back) FOR_KINDS((*f), rope_(x, q, k, v, slots, strides, B, T, H, KV, D, cos, sin, table, 1, *f, kind))
-    else FOR_KINDS((*f), rope_(x, q, k, v, slots, strides, B, T, H, KV, D, cos, sin, table, 0, *f, kind))
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */
 /* One row at a time */
 
-INLINE void rms_norm_(const float *x, const float *w, float eps, float *y, float *scale, long rows, long C, format f,
-                      const int kind) {
+/* x / sqrt(mean(x^2) + eps) * w; scale (rows) keeps 1 / sqrt(...) for the way back */
+static void rms_norm(const float *x, const float *w, float eps, float *y, float *scale, long rows, long C, format f) {
     PARALLEL(rows * C) for (long r = 0; r < rows; r++) {
         const float *p = x + r * C;
         vf q = {};
         EACH(C, { vf a = load(p + i, m, 0); q += a * a; })
         float s = 1.f / sqrtf(sum(q) / C + eps);
         scale[r] = s;
-        EACH(C, store(y + r * C + i, rounded(load(p + i, m, 0) * s * load(w + i, m, 0), kind, f), m))
+        EACH(C, store(y + r * C + i, rounded(load(p + i, m, 0) * s * load(w + i, m, 0), f), m))
     }
 }
-/* x / sqrt(mean(x^2) + eps) * w; scale (rows) keeps 1 / sqrt(...) for the way back */
-static void rms_norm(const float *x, const float *w, float eps, float *y, float *scale, long rows, long C, format *f) {
-    FOR_KINDS((*f), rms_norm_(x, w, eps, y, scale, rows, C, *f, kind))
-}
 
-INLINE void rms_norm_back_(const float *x, const float *w, const float *scale, const float *dy, float *dx, float *dw,
-                           long rows, long C, long parts, format f, const int kind) {
+static void rms_norm_back(const float *x, const float *w, const float *scale, const float *dy, float *dx, float *dw,
+                           long rows, long C, long parts, format f) {
     PARALLEL(rows * C) for (long part = 0; part < parts; part++) {       /* dw (parts, C): a row a part, summed by the caller */
         float *dwp = dw + part * C;
         memset(dwp, 0, 4 * C);
@@ -251,13 +216,9 @@ INLINE void rms_norm_back_(const float *x, const float *w, const float *scale, c
             })
             float mean = sum(q) / C;
             EACH(C, store(dx + r * C + i, rounded((load(d + i, m, 0) * load(w + i, m, 0)
-                                                   - load(p + i, m, 0) * scale[r] * mean) * scale[r], kind, f), m))
+                                                   - load(p + i, m, 0) * scale[r] * mean) * scale[r], f), m))
         }
     }
-}
-static void rms_norm_back(const float *x, const float *w, const float *scale, const float *dy, float *dx, float *dw, long rows,
-                   long C, long parts, format *f) {
-    FOR_KINDS((*f), rms_norm_back_(x, w, scale, dy, dx, dw, rows, C, parts, *f, kind))
 }
 
 typedef struct { float top, total, dot; } softmax_sums;
@@ -293,17 +254,14 @@ void token_logprobs(float *logits, const int64_t *targets, float temperature, fl
     }
 }
 
-INLINE void token_logprobs_back_(float *p, const int64_t *targets, float temperature, const float *dlogp, long N, long V,
-                                 format f, const int kind) {
+/* probabilities (N, V), overwritten with the logits' gradient */
+void token_logprobs_back(float *p, const int64_t *targets, float temperature, const float *dlogp, long N, long V,
+                                 format f) {
     PARALLEL(N * V) for (long r = 0; r < N; r++) {
         float *row = p + r * V, d = -dlogp[r] / temperature;
         row[targets[r]] -= 1.f;                                         /* d logp / d logits = onehot - softmax */
-        EACH(V, store(row + i, rounded(load(row + i, m, 0) * d, kind, f), m))
+        EACH(V, store(row + i, rounded(load(row + i, m, 0) * d, f), m))
     }
-}
-/* probabilities (N, V), overwritten with the logits' gradient */
-void token_logprobs_back(float *p, const int64_t *targets, float temperature, const float *dlogp, long N, long V, format *f) {
-    FOR_KINDS((*f), token_logprobs_back_(p, targets, temperature, dlogp, N, V, *f, kind))
 }
 
 #define STRIDE 64
@@ -353,7 +311,7 @@ void draw(float *logits, const double *u, float temperature, int64_t *token, flo
 /* c (m, w VL) = a b + start, K terms, in registers, w 1 or 2; a[i, k] at a[i * rs + k * ks], b[k] at b + k * bs. `more`: start
    is c, else the bias (which may be missing). `last`: the sum is complete and is rounded. */
 INLINE void tile_(const int m, const int w, const float *a, long rs, long ks, const float *b, long bs, long K, float *c, long cs, int more,
-                  const float *bias, int last, format f, const int kind) {
+                  const float *bias, int last, format f) {
     vf acc[MR][2];
     for (int i = 0; i < m; i++) for (int j = 0; j < w; j++) acc[i][j] = more ? *(vf *)(c + i * cs + j * VL) : (vf){};
     for (long k = 0; k < K; k++) {
@@ -365,7 +323,7 @@ INLINE void tile_(const int m, const int w, const float *a, long rs, long ks, co
         }
     }
     if (last && bias) for (int i = 0; i < m; i++) for (int j = 0; j < w; j++) acc[i][j] += *(const vf *)(bias + j * VL);
-    if (last) for (int i = 0; i < m; i++) for (int j = 0; j < w; j++) *(vf *)(c + i * cs + j * VL) = rounded(acc[i][j], kind, f);
+    if (last) for (int i = 0; i < m; i++) for (int j = 0; j < w; j++) *(vf *)(c + i * cs + j * VL) = rounded(acc[i][j], f);
     else for (int i = 0; i < m; i++) for (int j = 0; j < w; j++) *(vf *)(c + i * cs + j * VL) = acc[i][j];
 }
 #define CASES(m, call) switch (m) { \
@@ -375,12 +333,12 @@ INLINE void tile_(const int m, const int w, const float *a, long rs, long ks, co
 
 /* the tiles of attention, of a and of a transposed: nothing is rounded. n: columns, one vector or more than one */
 static void tile(int m, long n, const float *a, long rs, const float *b, long bs, long K, float *c, long cs) {
-    if (n > VL) CASES(m, tile_(rows, 2, a, rs, 1, b, bs, K, c, cs, 0, 0, 0, (format){0}, FP32))
-    else CASES(m, tile_(rows, 1, a, rs, 1, b, bs, K, c, cs, 0, 0, 0, (format){0}, FP32))
+    if (n > VL) CASES(m, tile_(rows, 2, a, rs, 1, b, bs, K, c, cs, 0, 0, 0, (format){0}))
+    else CASES(m, tile_(rows, 1, a, rs, 1, b, bs, K, c, cs, 0, 0, 0, (format){0}))
 }
 static void tile_t(int m, long n, const float *a, long ks, const float *b, long bs, long K, float *c, long cs) {
-    if (n > VL) CASES(m, tile_(rows, 2, a, 1, ks, b, bs, K, c, cs, 1, 0, 0, (format){0}, FP32))
-    else CASES(m, tile_(rows, 1, a, 1, ks, b, bs, K, c, cs, 1, 0, 0, (format){0}, FP32))
+    if (n > VL) CASES(m, tile_(rows, 2, a, 1, ks, b, bs, K, c, cs, 1, 0, 0, (format){0}))
+    else CASES(m, tile_(rows, 1, a, 1, ks, b, bs, K, c, cs, 1, 0, 0, (format){0}))
 }
 
 /* w (N, K) with the given strides -> panels (N / NR, K, NR), zeros after the last row: the order in which products read it */
@@ -397,11 +355,11 @@ long panel_width(void) { return NR; }
 
 static void panel_tile(int m, const float *x, long K, const float *w, long terms, float *y, long N, int more, const float *bias,
                        int last, format f) {
-    FOR_KINDS(f, CASES(m, tile_(rows, 2, x, K, 1, w, NR, terms, y, N, more, bias, last, f, kind)))
+    CASES(m, tile_(rows, 2, x, K, 1, w, NR, terms, y, N, more, bias, last, f))
 }
 
 /* y (M, N) = round(x (M, K) w^T + bias), w as pack left it; bias padded with zeros to a multiple of NR, or missing */
-void linear(const float *x, const float *w, const float *bias, float *y, long M, long N, long K, long threads, format *f) {
+void linear(const float *x, const float *w, const float *bias, float *y, long M, long N, long K, long threads, format f) {
     long parts = up((M + ROWS - 1) / ROWS, threads), rows = up((M + parts - 1) / parts, MR), panels = (N + NR - 1) / NR;
     parts = (M + rows - 1) / rows;
     long groups = parts >= threads ? 1 : least(panels, threads);        /* few rows: share out the columns */
@@ -414,9 +372,9 @@ void linear(const float *x, const float *w, const float *bias, float *y, long M,
                 int m = least(MR, i1 - i);
                 if (p * NR + NR <= N) {
                     panel_tile(m, x + i * K + k, K, wp + k * NR, least(TERMS, K - k), y + i * N + p * NR, N, k > 0, bp,
-                               k + TERMS >= K, *f);
+                               k + TERMS >= K, f);
                 } else if (k == 0) {                                    /* the last columns, where a vector would reach too far */
-                    panel_tile(m, x + i * K, K, wp, K, edge, NR, 0, bp, 1, *f);
+                    panel_tile(m, x + i * K, K, wp, K, edge, NR, 0, bp, 1, f);
                     for (int r = 0; r < m; r++) memcpy(y + (i + r) * N + p * NR, edge + r * NR, 4 * (N - p * NR));
                 }
             }
@@ -446,8 +404,9 @@ INLINE void hide(float *s, long n, long seen, const uint8_t *mask) {
 }
 #define MASK(b, t) (mask ? mask + (b) * s->mask[0] + (t) * s->mask[1] : 0)
 
-INLINE void attention_(const float *q, const float *k, const float *v, const uint8_t *mask, float *out, float *sums,
-                       const shape *s, format f, const int kind) {
+/* softmax(q k^T / sqrt(D)) v; sums (B, H, Tq, 2): largest score and 1 / sum of exponentials, for the way back */
+static void attention(const float *q, const float *k, const float *v, const uint8_t *mask, float *out, float *sums,
+                       const shape *s, format f) {
     const long D = s->D, Tq = s->Tq, Tk = s->Tk, W = up(Tk, NR), G = s->H / s->KV;
     _Pragma("omp parallel") {
         float *Kt = malloc(4 * W * D), *S = malloc(4 * MR * W), O[MR * NR];
@@ -468,21 +427,16 @@ INLINE void attention_(const float *q, const float *k, const float *v, const uin
                     long wide = least(NR, D - d);
                     tile(m, wide, S, W, AT(v, s->v, b, kv, 0) + d, s->v[2], n, O, NR);
                     for (long i = 0; i < m; i++) for (long j = 0; j < wide; j += VL)
-                        *(vf *)(AT(out, s->o, b, h, t + i) + d + j) = rounded(*(vf *)(O + i * NR + j) * inverse[i], kind, f);
+                        *(vf *)(AT(out, s->o, b, h, t + i) + d + j) = rounded(*(vf *)(O + i * NR + j) * inverse[i], f);
                 }
             }
         }
         free(Kt), free(S);
     }
 }
-/* softmax(q k^T / sqrt(D)) v; sums (B, H, Tq, 2): largest score and 1 / sum of exponentials, for the way back */
-static void attention(const float *q, const float *k, const float *v, const uint8_t *mask, float *out, float *sums, const shape *s,
-               format *f) {
-    FOR_KINDS((*f), attention_(q, k, v, mask, out, sums, s, *f, kind))
-}
 
-INLINE void attention_back_(const float *q, const float *k, const float *v, const uint8_t *mask, const float *sums,
-                            const float *dout, float *dq, float *dk, float *dv, const shape *s, format f, const int kind) {
+static void attention_back(const float *q, const float *k, const float *v, const uint8_t *mask, const float *sums,
+                            const float *dout, float *dq, float *dk, float *dv, const shape *s, format f) {
     const long D = s->D, Tq = s->Tq, Tk = s->Tk, W = up(Tk, NR), G = s->H / s->KV;
     const float scale = 1.f / sqrtf(D);
     _Pragma("omp parallel") {
@@ -520,7 +474,7 @@ INLINE void attention_back_(const float *q, const float *k, const float *v, cons
                         long wide = least(NR, D - d);
                         tile(m, wide, dSt, W, kb + d, s->k[2], n, O, NR);
                         for (long i = 0; i < m; i++) for (long j = 0; j < wide; j += VL)
-                            *(vf *)(AT(dq, s->dq, b, h, t + i) + d + j) = rounded(*(vf *)(O + i * NR + j), kind, f);
+                            *(vf *)(AT(dq, s->dq, b, h, t + i) + d + j) = rounded(*(vf *)(O + i * NR + j), f);
                     }
                 }
                 for (long j = 0; j < seen; j += MR) for (long d = 0; d < D; d += NR) {
@@ -531,21 +485,17 @@ INLINE void attention_back_(const float *q, const float *k, const float *v, cons
                 }
             }
             for (long t = 0; t < Tk; t++) for (long d = 0; d < D; d += VL) {
-                *(vf *)(AT(dk, s->dk, b, kv, t) + d) = rounded(*(vf *)(dK + t * D + d), kind, f);
-                *(vf *)(AT(dv, s->dv, b, kv, t) + d) = rounded(*(vf *)(dV + t * D + d), kind, f);
+                *(vf *)(AT(dk, s->dk, b, kv, t) + d) = rounded(*(vf *)(dK + t * D + d), f);
+                *(vf *)(AT(dv, s->dv, b, kv, t) + d) = rounded(*(vf *)(dV + t * D + d), f);
             }
         }
         free(Kt), free(Vt), free(dK), free(dV), free(P), free(dS);
     }
 }
-static void attention_back(const float *q, const float *k, const float *v, const uint8_t *mask, const float *sums, const float *dout,
-                    float *dq, float *dk, float *dv, const shape *s, format *f) {
-    FOR_KINDS((*f), attention_back_(q, k, v, mask, sums, dout, dq, dk, dv, s, *f, kind))
-}
 
 /* One query: n vectors wide, the keys read where they lie in the cache */
 INLINE void decode_head(const int n, const float *q, const float *k, long ks, const float *v, long vs, long next,
-                        const uint8_t *mask, float *p, float *out, long Tk, float scale, format f, const int kind) {
+                        const uint8_t *mask, float *p, float *out, long Tk, float scale, format f) {
     vf w[16], o[16];
     for (int i = 0; i < n; i++) w[i] = *(const vf *)(q + i * VL), o[i] = (vf){};
     for (long t = 0; t < Tk; t += 4) {                                  /* four keys at a time; the last ones, if fewer, again */
@@ -556,7 +506,7 @@ INLINE void decode_head(const int n, const float *q, const float *k, long ks, co
             for (int i = 1; i < n; i++) a[j] += w[i] * *(const vf *)(key + i * VL);
             if (next) for (int i = 0; i < n; i += 64 / (4 * VL)) __builtin_prefetch(key + next + i * VL);
         }
-        sum4(a[0], a[1], a[2], a[3], p + t);
+        for (int j = 0; j < 4; j++) p[t + j] = sum(a[j]);
     }
     for (long t = 0; t < Tk; t++) p[t] = mask && !mask[t] ? -INFINITY : p[t] * scale;
     float inverse = 1.f / exponentials(p, Tk, 0).total;
@@ -565,10 +515,10 @@ INLINE void decode_head(const int n, const float *q, const float *k, long ks, co
         for (int i = 0; i < n; i++) o[i] += e * *(const vf *)(v + t * vs + i * VL);
         if (next) for (int i = 0; i < n; i += 64 / (4 * VL)) __builtin_prefetch(v + t * vs + next + i * VL);
     }
-    for (int i = 0; i < n; i++) *(vf *)(out + i * VL) = rounded(o[i] * inverse, kind, f);
+    for (int i = 0; i < n; i++) *(vf *)(out + i * VL) = rounded(o[i] * inverse, f);
 }
-INLINE void decode_(const float *q, const float *k, const float *v, const uint8_t *mask, float *out, const shape *s, format f,
-                    const int kind) {
+/* attention with Tq = 1; D at most 16 vectors */
+static void decode(const float *q, const float *k, const float *v, const uint8_t *mask, float *out, const shape *s, format f) {
     const long Tk = s->Tk, G = s->H / s->KV, n = s->D / VL;
     const float scale = 1.f / sqrtf(s->D);
     _Pragma("omp parallel") {
@@ -577,15 +527,11 @@ INLINE void decode_(const float *q, const float *k, const float *v, const uint8_
             const float *qh = AT(q, s->q, b, h, 0), *kh = AT(k, s->k, b, h / G, 0), *vh = AT(v, s->v, b, h / G, 0);
             const uint8_t *mb = MASK(b, 0);
             float *oh = AT(out, s->o, b, h, 0);
-#define WIDE(c) case c: decode_head(c, qh, kh, s->k[2], vh, s->v[2], h % G ? 0 : s->k[1], mb, p, oh, Tk, scale, f, kind); break;
+#define WIDE(c) case c: decode_head(c, qh, kh, s->k[2], vh, s->v[2], h % G ? 0 : s->k[1], mb, p, oh, Tk, scale, f); break;
             switch (n) { WIDE(1) WIDE(2) WIDE(3) WIDE(4) WIDE(6) WIDE(8) WIDE(10) WIDE(12) WIDE(14) WIDE(16) }
         }
         free(p);
     }
-}
-/* attention with Tq = 1; D at most 16 vectors */
-static void decode(const float *q, const float *k, const float *v, const uint8_t *mask, float *out, const shape *s, format *f) {
-    FOR_KINDS((*f), decode_(q, k, v, mask, out, s, *f, kind))
 }
 
 /* ------------------------------------------------------------------------------------------------------------------ */
@@ -610,7 +556,7 @@ typedef struct { float *scale1, *q, *sums, *att, *x2, *scale2, *gate_up; } kept;
    finds all Tk of them. keep: what the way back needs, or nothing where there is none. */
 void block(const layer *w, const float *x, float *y, const kept *keep, float *k, float *v, const int64_t *slots, float *keys,
            float *values, const float *cos, const float *sin, long table, const uint8_t *mask, const shape *whole, long threads,
-           format *f) {
+           format f) {
     const long C = w->C, H = w->H, KV = w->KV, D = w->D, F = w->F, T = whole->Tq, B = whole->B, A = H * D, Q = (H + 2 * KV) * D;
     const long some = (TOKENS + T - 1) / T, n = some * T;
     _Pragma("omp parallel") {
@@ -669,7 +615,7 @@ static void weight_gradient(const float *dy, const float *x, float *dw, long n, 
 /* dy (B, T, C), the gradient of y -> dx, and in dw (threads, all of a layer's weights) theirs, a thread's share a row, to be
    added up: norm1, qkv, proj, norm2, gate_up, down, bias of qkv. What is cheap to make again was not kept and is made again. */
 void block_back(const layer *w, const float *x, const kept *keep, const float *k, const float *v, const float *cos,
-                const float *sin, const float *dy, float *dx, float *dw, const shape *whole, long threads, format *f) {
+                const float *sin, const float *dy, float *dx, float *dw, const shape *whole, long threads, format f) {
     const long C = w->C, H = w->H, KV = w->KV, D = w->D, F = w->F, T = whole->Tq, B = whole->B, A = H * D, Q = (H + 2 * KV) * D;
     const long some = (TOKENS + T - 1) / T, n = some * T, weights = 2 * C + Q * C + C * A + 3 * F * C + (w->qkv_bias ? Q : 0);
     const long widest = up(C > A ? C > F ? C : F : A > F ? A : F, NR) + MR;
@@ -698,19 +644,19 @@ void block_back(const layer *w, const float *x, const kept *keep, const float *k
             weight_gradient(dgu, h, dWgate_up, tokens, 2 * F, C, panels);
             linear(dgu, w->gate_up_back, 0, h, tokens, C, 2 * F, 1, f);                    /* from here on the gradient of h */
             rms_norm_back(keep->x2 + at * C, w->norm2, keep->scale2 + at, h, dx2, dnorm, tokens, C, 1, f);
-            add(dnorm2, dnorm, dnorm2, C, &exact);
+            add(dnorm2, dnorm, dnorm2, C, exact);
             add(dout, dx2, dx2, tokens * C, f);
             weight_gradient(dx2, keep->att + at * A, dWproj, tokens, C, A, panels);
             linear(dx2, w->proj_back, 0, datt, tokens, A, C, 1, f);
             attention_back(keep->q + at * A, k + b * s.k[0], v + b * s.v[0], 0, keep->sums + at * 2 * H, datt, dq, dk, dv, &s, f);
             rope(dqkv, dq, dk, dv, 0, strides, rows, T, H, KV, D, cos, sin, 0, 1, f);
-            if (w->qkv_bias) for (long t = 0; t < tokens; t++) add(dbias, dqkv + t * Q, dbias, Q, &exact);
+            if (w->qkv_bias) for (long t = 0; t < tokens; t++) add(dbias, dqkv + t * Q, dbias, Q, exact);
             rms_norm(x + at * C, w->norm1, w->eps, h, scrap, tokens, C, f);
             weight_gradient(dqkv, h, dWqkv, tokens, Q, C, panels);
             linear(dqkv, w->qkv_back, 0, h, tokens, C, Q, 1, f);
             rms_norm_back(x + at * C, w->norm1, keep->scale1 + at, h, dx + at * C, dnorm, tokens, C, 1, f);
-            add(dnorm1, dnorm, dnorm1, C, &exact);
-            add(dx2, dx + at * C, dx + at * C, tokens * C, &exact);
+            add(dnorm1, dnorm, dnorm1, C, exact);
+            add(dx2, dx + at * C, dx + at * C, tokens * C, exact);
         }
         free(scratch);
     }

@@ -98,8 +98,9 @@ def library(cache):
     for kind, name, parameters in re.findall(r"^(void|long) (\w+)\(([^)]*)\)", SOURCE.read_text(), re.M):
         f = getattr(lib, name)
         f.restype = {"void": None, "long": ctypes.c_long}[kind]
-        f.argtypes = [ctypes.c_void_p if "*" in p else ctypes.c_float if p.startswith("float")
-                      else ctypes.c_long for p in map(str.strip, parameters.split(",")) if p != "void"]
+        kinds = dict(float=ctypes.c_float, long=ctypes.c_long, format=Format)
+        f.argtypes = [ctypes.c_void_p if "*" in p else kinds[p.split()[0]]
+                      for p in parameters.split(",") if p != "void"]
     keep_memory()
     return lib, ""
 
@@ -163,7 +164,7 @@ class Format(ctypes.Structure):
     @classmethod
     def of(cls, fmt):
         kind = 0 if fmt.name == "fp32" else 1 if fmt.name == "fp16" else 2 if fmt.exp == 8 else 3
-        return ctypes.byref(cls(kind, 23 - fmt.man, fmt.tiny, 2.0 ** 23 * fmt.smallest, fmt.max))
+        return cls(kind, 23 - fmt.man, fmt.tiny, 2.0 ** 23 * fmt.smallest, fmt.max)
 
 
 FP32 = Format.of(FORMATS["fp32"])
