@@ -93,7 +93,8 @@ def math():
 @pytest.mark.parametrize("path", [FIXTURES / "math.jsonl", REAL / "math_sanity" / "problems.jsonl"],
                          ids=["fixture", "all 1,460"])
 def test_every_answer_of_math_is_right_in_a_box_and_the_next_one_is_wrong(path, math):
-    """The fixture's answers are all different; of the whole set whole numbers alone are easily told apart."""
+    """The fixture's answers are all different. Of the whole set whole numbers alone are easily told
+    apart."""
     if not path.exists():
         pytest.skip("the whole data set is not at hand")
     problems = math.load(str(path))
@@ -102,7 +103,8 @@ def test_every_answer_of_math_is_right_in_a_box_and_the_next_one_is_wrong(path, 
         assert math.reward(p, rf"So it is $\boxed{{{p.answer}}}$.") == 1, p
         assert math.reward(p, p.answer) == 0                              # without a box it is no answer
         if path.parent == FIXTURES or p.answer.isdecimal() and other.answer.isdecimal():
-            assert math.reward(p, rf"\boxed{{{other.answer}}}") == (p.answer == other.answer), (p, other)
+            right = p.answer == other.answer
+            assert math.reward(p, rf"\boxed{{{other.answer}}}") == right, (p, other)
 
 
 @pytest.mark.parametrize("answer, same, other", [
@@ -197,7 +199,8 @@ def test_what_is_no_expression_is_refused(text):
         value, _ = evaluate(text)
     except ValueError:
         value = None
-    assert value is None or value == by_ast(re.sub(r"\b0+(?=\d)", "", text))             # 007 is a number here
+    zeros = re.sub(r"\b0+(?=\d)", "", text)                               # 007 is a number here
+    assert value is None or value == by_ast(zeros)
 
 
 @pytest.mark.parametrize("text", [

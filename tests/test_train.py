@@ -651,9 +651,11 @@ def test_every_field_is_a_flag_with_help():
     assert set(given) == {"device", "precision", "rollout_precision"}
     assert parse_config(["--device", "cpu", "--preset", "gpu", "--width", "96"])[0].width == 96
     real = ["--model", "x"]
-    for name, argv in dict(gpu=["--preset", "gpu"], model=real, lora=[*real, "--lora-rank", "8"]).items():
+    kinds = dict(gpu=["--preset", "gpu"], model=real, lora=[*real, "--lora-rank", "8"])
+    for name, argv in kinds.items():
         cfg = parse_config(["--device", "cpu", *argv])[0]
-        own = {f.name: f.metadata["presets"][name] for f in dataclasses.fields(Config) if name in f.metadata["presets"]}
+        presets = {f.name: f.metadata["presets"] for f in dataclasses.fields(Config)}
+        own = {field: values[name] for field, values in presets.items() if name in values}
         assert own and {k: getattr(cfg, k) for k in own} == own
 
 
