@@ -409,15 +409,30 @@ def test_gradients_of_experts_by_finite_differences(device):
 
 
 def test_recomputed_activations_are_the_same(device):
-    """Gradients bit for bit, with adapters, experts and neither."""
-    for kw in (dict(), dict(n_experts=4, experts_per_token=2, expert_width=16)):
-        grads = []
+    """Gradients bit for bit, with adapters, experts and neither; and less than half is kept for the
+    way back."""
+    experts = dict(n_experts=4, experts_per_token=2, expert_width=16)
+    for rank, kw in ((0, {}), (3, {}), (0, experts)):
+        grads, kept = [], []
         for recompute in (False, True):
-            model = tiny(device, "fp16", gain=2.0, **kw)
+            model, sizes = tiny(device, "fp16", gain=2.0, **kw), []
+            if rank:
+                model.adapt(rank)
+                with torch.no_grad():
+                    for adapter in (a for b in model.blocks for a in b.lora.values()):
+                        for B in adapter.B:
+                            B.add_(0.01)
+                model.num.hold(model.parameters())
             model.recompute = recompute
             tokens = (TOKENS % 67).to(model.embedding.device)
             where = torch.ones_like(tokens, dtype=torch.bool)
             where[:, 0] = False
-            model.token_logprobs(tokens, where)[0].sum().backward()
-            grads.append([p.grad for p in model.parameters()])
+            with torch.autograd.graph.saved_tensors_hooks(
+                    lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+                logp, _ = model.token_logprobs(tokens, where)
+            logp.sum().backward()
+            grads.append([p.grad for p in model.parameters() if p.requires_grad])
+            kept.append(sum(sizes))
         assert all(torch.equal(a, b) for a, b in zip(*grads))
+        assert all(g.abs().max() > 0 for g in grads[0])
+        assert kept[1] < kept[0] / 2, kept

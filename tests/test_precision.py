@@ -404,8 +404,7 @@ def test_scaler_skips_halves_and_regrows(device):
     p = torch.nn.Parameter(torch.ones(3, device=device))
     opt = torch.optim.AdamW([p], lr=0.1, fused=True, weight_decay=0.0)
     scaler = make_scaler(num, 1024.0)
-    assert scaler.get_growth_interval() == 400
-    scaler.set_growth_interval(2)
+    scaler.set_growth_interval(2)                            # not 400 updates, for time
 
     def step(gradient):
         p.grad = torch.full_like(p, gradient) * scaler.scale(torch.ones((), device=device))

@@ -141,14 +141,18 @@ def test_lora_from_the_command_line_to_peft(train, home, capsys):
 
 
 def test_experts_and_their_routes(train):
-    """Flipped routes are measured; replayed, the mismatch is no larger; in exact mode nothing flips."""
-    _, free = train("free", "--precision", "e8m3", "--steps", "2", model="moe")
-    _, replayed = train("replayed", "--precision", "e8m3", "--steps", "2", "--replay-routing", model="moe")
-    _, exact = train("exact", "--precision", "e8m3", "--steps", "2", "--exact", "--updates-per-batch", "2", model="moe")
-    assert 0 <= free[0]["route_flips"] < 0.5 and free[0]["expert_balance"] >= 1
-    assert free[0]["tokens"] == replayed[0]["tokens"]                      # the same answers, in the first step
-    assert replayed[0]["kl_k3"] <= free[0]["kl_k3"] * 1.01 + 1e-12
-    assert exact[0]["route_flips"] == 0 == exact[-1]["logp_gap_max"]
+    """With a coarse rollout some tokens go to other experts in training. Replayed, they do not: the
+    mismatch is smaller. Exact mode is exact with experts too, where the ordinary mode is not."""
+    coarse = "--precision", "fp32", "--rollout-precision", "bf16", "--steps", "1"
+    _, (free,) = train("free", *coarse, model="moe")
+    _, (replayed,) = train("replayed", *coarse, "--replay-routing", model="moe")
+    assert 0 < free["route_flips"] < 0.1 and free["expert_balance"] >= 1
+    assert free["tokens"] == replayed["tokens"]                            # the same answers
+    assert 0 < replayed["kl_k3"] < 0.95 * free["kl_k3"]
+    assert replayed["logp_gap_max"] < 0.8 * free["logp_gap_max"]
+    _, ordinary = train("ordinary", "--steps", "1", model="moe")
+    _, exact = train("exact", "--steps", "2", "--exact", "--updates-per-batch", "2", model="moe")
+    assert exact[0]["route_flips"] == 0 == exact[-1]["logp_gap_max"] < ordinary[0]["logp_gap_max"]
 
 
 def test_problems_of_a_file(train, home, tmp_path, capsys):

@@ -5,6 +5,7 @@ import json
 import operator
 import os
 import pathlib
+import re
 import threading
 import time
 from fractions import Fraction
@@ -92,17 +93,18 @@ def math():
 @pytest.mark.parametrize("path", [FIXTURES / "math.jsonl", REAL / "math_sanity" / "problems.jsonl"],
                          ids=["fixture", "all 1,460"])
 def test_every_answer_of_math_is_right_in_a_box_and_the_next_one_is_wrong(path, math):
+    """The fixture's answers are all different. Of the whole set whole numbers alone are easily told
+    apart."""
     if not path.exists():
         pytest.skip("the whole data set is not at hand")
     problems = math.load(str(path))
     assert len(problems) == len(lines(path))
-    for i, p in enumerate(problems):
+    for p, other in zip(problems, [*problems[1:], problems[0]]):
         assert math.reward(p, rf"So it is $\boxed{{{p.answer}}}$.") == 1, p
         assert math.reward(p, p.answer) == 0                              # without a box it is no answer
-        other = problems[i - 1].answer
-        if other.strip(".°") not in (p.answer, "60") and i % 7 == 0:
-            back = math.reward(Problem("", other), rf"\boxed{{{p.answer}}}")
-            assert math.reward(p, rf"\boxed{{{other}}}") == back, (p, other)
+        if path.parent == FIXTURES or p.answer.isdecimal() and other.answer.isdecimal():
+            right = p.answer == other.answer
+            assert math.reward(p, rf"\boxed{{{other.answer}}}") == right, (p, other)
 
 
 @pytest.mark.parametrize("answer, same, other", [
@@ -184,16 +186,21 @@ def test_expressions_against_pythons_own_parser(text):
         assert value == want and sorted(used) == sorted(numbers)
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.text("0123456789+-*/() .^_e[]", max_size=40))
+SIGNS = "0123456789+-*/() .^_e[]"
+DAMAGED = st.builds(lambda text, at, drop, more: text[:at] + more + text[at + drop:],
+                    EXPRESSIONS, st.integers(0, 20), st.integers(0, 2), st.text(SIGNS, max_size=2))
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.text(SIGNS, max_size=40) | DAMAGED)
 def test_what_is_no_expression_is_refused(text):
     """Either both parsers read it alike, or this one refuses it: it never reads more than Python does."""
     try:
         value, _ = evaluate(text)
     except ValueError:
-        return
-    zeros = __import__("re").sub(r"\b0+(?=\d)", "", text)                  # 007 is a number here
-    assert value == by_ast(zeros)
+        value = None
+    zeros = re.sub(r"\b0+(?=\d)", "", text)                               # 007 is a number here
+    assert value is None or value == by_ast(zeros)
 
 
 @pytest.mark.parametrize("text", [

@@ -649,10 +649,14 @@ def test_every_field_is_a_flag_with_help():
     cfg, given = parse_config(["--device", "cpu", "--rollout-precision", "e8m7", "--precision", "fp32"])
     assert (cfg.rollout_format, cfg.train_format, cfg.preset) == ("e8m7", "fp32", "cpu")
     assert set(given) == {"device", "precision", "rollout_precision"}
-    assert parse_config(["--device", "cpu", "--preset", "gpu", "--digits", "9"])[0].width == 512
     assert parse_config(["--device", "cpu", "--preset", "gpu", "--width", "96"])[0].width == 96
-    assert parse_config(["--device", "cpu", "--model", "x"])[0].keep == (0.0, 1.0)
-    assert parse_config(["--device", "cpu", "--model", "x", "--lora-rank", "8"])[0].lr == 4e-5
+    real = ["--model", "x"]
+    kinds = dict(gpu=["--preset", "gpu"], model=real, lora=[*real, "--lora-rank", "8"])
+    for name, argv in kinds.items():
+        cfg = parse_config(["--device", "cpu", *argv])[0]
+        presets = {f.name: f.metadata["presets"] for f in dataclasses.fields(Config)}
+        own = {field: values[name] for field, values in presets.items() if name in values}
+        assert own and {k: getattr(cfg, k) for k in own} == own
 
 
 @pytest.mark.parametrize("flags, words", [
