@@ -4,9 +4,8 @@
 
 Random weights of the job's shape, and no answer stops early. The formats take turns in one process,
 and so does the machine's own matrix product, so that a slow minute hits all of them. The clock and
-the work are those of experiments.speed too. The last line is one JSON object.
+the work are those of experiments.speed too.
 """
-import json
 import time
 from dataclasses import dataclass, replace
 
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from algorithms import centred
-from experiments.lab import machine, show
+from experiments.lab import show
 from model import GPT, GPTConfig
 from operators import numerics
 from operators.device import pick_device
@@ -165,13 +164,10 @@ def main(argv=None):
     formats = dict.fromkeys(("fp32", cfg.train_format))
     work = {f: Work(model, size, f, cfg.fast, cfg.exact, cfg) for f in formats}
     rows, peak = race(work, 5, device)
-    about = dict(bench="train_rl", **machine(), threads=torch.get_num_threads(),
-                 params=model.n_params(), rows=size.rows, prompt=size.prompt, new=size.new,
-                 gemm_peak=peak, peak_memory_mib=peak_memory(device))
-    print(f"{size.rows} answers of {size.new} tokens to prompts of {size.prompt}, {device}, "
-          f"{torch.get_num_threads()} threads; this machine's GEMM: {peak / 1e9:.0f} GFLOP/s")
-    show(rows, "medians of 5 turns")
-    print(json.dumps(dict(about, formats=rows)))
+    print(f"{model.n_params() / 1e6:.1f} M parameters, {size.rows} answers of {size.new} tokens to "
+          f"prompts of {size.prompt}\n{device}, {torch.get_num_threads()} threads, matrix product "
+          f"{peak / 1e9:.0f} GFLOP/s, peak memory {peak_memory(device):.0f} MiB")
+    show({k: {f: r[k] for f, r in rows.items()} for k in rows["fp32"]}, "medians of 5 turns")
 
 
 if __name__ == "__main__":

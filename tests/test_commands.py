@@ -256,11 +256,13 @@ def test_anatomy_of_a_step(home):
         assert word in out
 
 
-def test_bench_ends_in_one_json_line(home):
+def test_bench_is_a_table_of_the_job(home):
     code, out, err = run(home, *SMALL, program="experiments.bench")
     assert code == 0, err
-    report = json.loads(out.splitlines()[-1])
-    assert {"fp32", "fp16"} == set(report["formats"]) and report["formats"]["fp16"]["step_tokens_per_s"] > 0
+    columns, *rows = (line.split() for line in out.split("\n\n")[1].splitlines())
+    assert columns[-2:] == ["fp32", "fp16"]
+    rows = {name: tuple(map(float, cells)) for name, *cells in rows}
+    assert rows["step_tokens_per_s"][1] > 0 and rows["step_ratio"][0] == rows["rollout_ratio"][0] == 1
 
 
 # --- flags
