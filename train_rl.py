@@ -39,7 +39,7 @@ from run import base, checks, flags, memory, problems, start
 from run.console import run_main
 from run.flags import setting
 from run.folder import Run, interruptible, load_saved, provenance
-from run.lines import Notes, all_of, say, step_line
+from run.lines import all_of, notes, say, step_line
 from run.meter import Meter
 from sample import Rollout, Sampler
 
@@ -332,15 +332,14 @@ def train(cfg, given, run, saved=None):
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, fused=True, **ADAM)
     sampler = Sampler(model.use(acting), env.tokenizer.stop, env.tokenizer.pad, cfg.fast)
     reference = base.load_reference(cfg, model, saved, device)
-    save = partial(run.save, cfg=cfg, model=model, optimizer=optimizer, scaler=scaler,
-                   reference=reference, prompt_length=env.prompt_length, base=base.identity(cfg))
+    save = partial(run.save, state, cfg, model, optimizer, scaler, reference)
     if cfg.exact:
         asked = problems.problems_of_step(state.problems, 0, cfg)
         batch = Batch(collect(sampler, env, asked, cfg, (cfg.seed, 12))[0])
         checks.self_test(model.use(learning), batch, partial(learn, model, batch, cfg,
                                                              scaler, env.answer_length))
     if saved:
-        state = run.resume(saved, cfg, given, optimizer, scaler, device)
+        run.resume(saved, state.step, given, optimizer, scaler, device)
     else:
         nums = acting, learning
         state.problems = problems.perfectible(model, env, state.problems, cfg, nums)
@@ -348,10 +347,11 @@ def train(cfg, given, run, saved=None):
             state.before = start.pass_at_1(cfg, sampler, env, state.heldout, 6, acting)
         torch.manual_seed(cfg.seed)                 # nothing here draws from it; what you add may
         run.log(provenance(cfg, device))
-        save(state)
+        save()
     say(f"training on {len(state.problems)} problems, {cfg.prompts} x {cfg.group} answers a step, "
-        f"{cfg.algo}; everything goes to {run.path}/")
-    history, notes, begun, first = run.history(), Notes(), time.time(), state.step
+        f"{cfg.algo}; everything goes to {run.path}/" if state.step < cfg.steps else
+        f"all {cfg.steps} steps are done; to go on: --resume {run.path} --steps {2 * cfg.steps}")
+    history, told, begun, first = run.history(), {}, time.time(), state.step
 
     with interruptible() as stop:
         for step in range(state.step + 1, cfg.steps + 1):
@@ -395,10 +395,10 @@ def train(cfg, given, run, saved=None):
             say(step_line(history[-1], cfg.steps, to_go))
             if cfg.verbose:
                 say(all_of(history[-1]))
-            notes.say(history)
+            notes(history, told)
             run.log_samples(step, batch, env)
             if step % cfg.save_every == 0 or step == cfg.steps or stop:
-                save(state)
+                save()
             if stop and step < cfg.steps:
                 say(f"stopped at step {step}; go on with: python train_rl.py --resume {run.path}")
                 return 130

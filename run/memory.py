@@ -10,11 +10,11 @@ import torch
 from model import GPT, KVCache
 from operators import numerics
 from operators.device import pick_device
-from precision import InputError
+from precision import InputError, make_scaler
 from run.base import gpt_config, load_task
 from run.lines import say
 from run.problems import TRIES, choose_problems
-from sample import Sampler
+from sample import Rollout, Sampler
 
 MIB = 2 ** 20
 CHUNK = 64 * MIB                        # Numerics.token_logprobs: logits that exist at a time
@@ -172,8 +172,8 @@ def rehearse(cfg, env, acting, learning, learn, model=None):
     longest micro-batch there and back, the optimizer's state. A lack of memory shows now, and not
     in an hour.
 
-    learn(model, tokens, prompt_length): forward and backward over sequences of full length. On
-    random weights, unless there is a model already; it is left as it was."""
+    learn(model, rollout, scaler, room): forward and backward over a rollout; room: the longest
+    answer. On random weights, unless there is a model already; it is left as it was."""
     device = acting.device
     free, need = available(device), total(cfg, device, env)
     if model is not None:                                   # it is there already, and so are they
@@ -192,7 +192,9 @@ def rehearse(cfg, env, acting, learning, learn, model=None):
         Sampler(model.use(acting), stop=-1, fast=False).generate(prompts, cfg.group, 2)
         del cache
         tokens = torch.zeros(largest_batch(cfg), length, dtype=torch.int64, device=device)
-        learn(model.use(learning), tokens, env.prompt_length)
+        lengths = torch.full((len(tokens),), length, device=device)
+        longest = Rollout(tokens, tokens.float(), lengths - env.answer_length, lengths, lengths > 0)
+        learn(model.use(learning), longest, make_scaler(learning), env.answer_length)
         moments = [torch.zeros_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
         del moments
     except RuntimeError as e:
