@@ -26,16 +26,16 @@ def prepare(cfg, given, saved, learn):
     device, env = pick_device(cfg.device), base.load_task(cfg)
     formats = cfg.rollout_format, cfg.train_format
     acting, learning = (numerics(f, device, cfg.fast, cfg.exact) for f in formats)
-    acting = learning if acting.fmt == learning.fmt else acting     # literally the same rounded weights
-    told = "".join(f" | {k} {flags.plain(v)}" for k, v in given.items() if k not in ("preset", "out"))
-    asked = "asked for" if "preset" in given else "the device is " + device.type
-    say(wrapped(f"preset {cfg.preset}: {asked}{told}"))
+    acting = learning if acting.fmt == learning.fmt else acting     # the very same rounded weights
+    asked = ["asked for" if "preset" in given else f"the device is {device.type}"]
+    asked += [f"{k} {flags.plain(v)}" for k, v in given.items() if k not in ("preset", "out")]
+    say(wrapped(f"preset {cfg.preset}: " + " | ".join(asked)))
     say(banner(acting, learning, make_scaler(learning, cfg.init_scale)))
     if cfg.fast and device.type == "cpu" and why_plain(device):
         say(f"note: plain operators, slower than the compiled ones: {why_plain(device)}")
     if cfg.exact and "precision.py" in edited():
-        say("note: precision.py was edited. --exact has products, norms, SwiGLU, attention and log_softmax of its "
-            "own in operators/exact.py: make the same edit there")
+        say("note: precision.py was edited. --exact has products, norms, SwiGLU, attention and "
+            "log_softmax of its own in operators/exact.py: make the same edit there")
     if saved:
         state = restored(saved)
         env.prompt_length = state.prompt_length
@@ -66,8 +66,8 @@ def prepare(cfg, given, saved, learn):
 def pass_at_1(cfg, sampler, env, asked, purpose, num):
     """Of the policy in the numerics `num`, over cfg.eval_tries sampled answers each."""
     sampler.model.use(num)
-    right = solve(sampler, env, asked, cfg.eval_tries, (cfg.seed, purpose), temperature=cfg.temperature,
-                  rows=cfg.rollout_rows)
+    right = solve(sampler, env, asked, cfg.eval_tries, (cfg.seed, purpose),
+                  temperature=cfg.temperature, rows=cfg.rollout_rows)
     return sum(right) / (len(asked) * cfg.eval_tries)
 
 
@@ -91,7 +91,8 @@ def finish(cfg, run, state, sampler, env, acting, learning):
         say(f"no verdict: that is for the default job; the paper asks {PASS:.3f} of a perfectible "
             "set (--keep 0.2 0.8)")
     elif passed is None:
-        say(wrapped("no verdict: changed from the preset: " + ", ".join(map(flags.flag, state.changed))))
+        changed = ", ".join(map(flags.flag, state.changed))
+        say(wrapped(f"no verdict: changed from the preset: {changed}"))
     else:
         say(f"{'PASS' if passed else 'FAIL'}: {cfg.task} with --digits {cfg.digits}, "
             f"{run.history()[0]['accuracy']:.3f} right in step 1, {accuracy:.3f} now; the sanity "

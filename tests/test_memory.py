@@ -10,7 +10,7 @@ from model import GPT
 from precision import InputError
 from run import memory
 from run.base import gpt_config, load_task
-from run.memory import adapter_params, count, needs, plan, saved_per_token
+from run.memory import needs, params, plan, saved_per_token
 from run.problems import choose_problems
 from train_rl import Config
 
@@ -54,9 +54,9 @@ def test_activations_stay_below_the_plan(variant, fmt, device):
 @pytest.mark.parametrize("variant", SHAPES)
 def test_parameters_are_counted_right(variant):
     model = tiny(**SHAPES[variant])
-    assert count(model.cfg) == sum(p.numel() for p in model.parameters()) == model.n_params()
-    dense = model.n_params()
-    assert adapter_params(model.cfg, 5) == model.adapt(5).n_params() - dense > 0
+    dense = sum(p.numel() for p in model.parameters())
+    assert params(model.cfg) == (model.n_params(), 0) == (dense, 0)
+    assert params(model.cfg, 5) == (dense, model.adapt(5).n_params() - dense) and params(model.cfg, 5)[1] > 0
 
 
 def total(cfg):
