@@ -339,13 +339,12 @@ def train(cfg, given, run, saved=None):
         checks.self_test(model.use(learning), batch, partial(learn, model, batch, cfg,
                                                              scaler, env.answer_length))
     if saved:
-        run.resume(saved, state.step, given, optimizer, scaler, device)
+        run.resume(saved, state.step, given, optimizer, scaler)
     else:
         nums = acting, learning
         state.problems = problems.perfectible(model, env, state.problems, cfg, nums)
         if state.heldout:
             state.before = start.pass_at_1(cfg, sampler, env, state.heldout, 6, acting)
-        torch.manual_seed(cfg.seed)                 # nothing here draws from it; what you add may
         run.log(provenance(cfg, device))
         save()
     say(f"training on {len(state.problems)} problems, {cfg.prompts} x {cfg.group} answers a step, "
@@ -356,6 +355,7 @@ def train(cfg, given, run, saved=None):
     with interruptible() as stop:
         for step in range(state.step + 1, cfg.steps + 1):
             # --- act: the policy answers, in the rollout's format
+            torch.manual_seed(cfg.seed * 10 ** 7 + step)    # draws nothing here; what you add may
             t0 = time.time()
             model.use(acting)
             batch = act(sampler, env, state, cfg, step)

@@ -156,22 +156,29 @@ def train_base(model, env, cfg):
     model.use(Numerics("fp32", device).hold(model.parameters()))
 
 
-def load_policy(cfg, env, device, saved=None, num=None):
-    """The model that learns, from its checkpoint (the dict `saved`) or from the base. num: the
-    numerics of both sides, where they are the same."""
+def load_policy(cfg, env, device, saved, acting, learning):
+    """The model that learns, from its checkpoint (the dict `saved`) or from the base."""
     if saved:
         model = load_trained(saved, device, gpt_config(cfg, env))
     else:
         model = get_base(cfg, device, env)
-        if cfg.lora_rank:
-            model.adapt(cfg.lora_rank, cfg.seed)
-            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            say(f"LoRA: {trained / 1e6:.3f} M parameters are trained, {model.n_params() / 1e6:.2f} M "
-                "are frozen")
-    if num is not None:
-        model.keep_rounded(num)
+    trainable(model, cfg, acting, learning)
+    if model.lora:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        say(f"LoRA: {trained / 1e6:.3f} M parameters are trained, {model.n_params() / 1e6:.2f} M "
+            "are frozen")
     if cfg.replay_routing and not model.cfg.n_experts:
         raise InputError("--replay-routing: this model has no experts")
+    return model
+
+
+def trainable(model, cfg, acting, learning):
+    """With adapters, if these are what is trained. Frozen weights are kept in the format alone, if
+    both sides have the same."""
+    if cfg.lora_rank and not model.lora:
+        model.adapt(cfg.lora_rank, cfg.seed)
+    if acting is learning:
+        model.keep_rounded(learning)
     model.recompute = cfg.recompute
     return model
 

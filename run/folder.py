@@ -96,22 +96,16 @@ class Run:
         """Everything that the next step depends on, in one file."""
         about = vars(state) | {k: [dataclasses.astuple(p) for p in getattr(state, k)]
                                for k in ("problems", "heldout")}
-        gpu = model.embedding.is_cuda
         save_checkpoint(
             self.checkpoint, model, only_trained=bool(cfg.model and cfg.lora_rank), **about,
             config=dataclasses.asdict(cfg), reference=reference and reference.state_dict(),
-            optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-            torch_rng=torch.get_rng_state(),
-            cuda_rng=torch.cuda.get_rng_state(model.embedding.device) if gpu else None)
+            optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
 
-    def resume(self, saved, step, given, optimizer, scaler, device):
+    def resume(self, saved, step, given, optimizer, scaler):
         """Go on after `step`, where the checkpoint stands. What was written after it is dropped."""
         optimizer.load_state_dict(saved["optimizer"])
         if scaler.is_enabled() and saved["scaler"]:
             scaler.load_state_dict(saved["scaler"])
-        torch.set_rng_state(saved["torch_rng"])  # nothing here draws from it; what you add may
-        if device.type == "cuda" and saved["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(saved["cuda_rng"], device)
         self.rewind(step)
         self.log(dict(resumed_at=step, given=given))
         say(f"resumed {self.path} at step {step}")

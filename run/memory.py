@@ -12,7 +12,7 @@ from model import GPT, KVCache
 from operators import numerics
 from operators.device import pick_device
 from precision import InputError, make_scaler
-from run.base import gpt_config, load_task
+from run.base import gpt_config, load_task, trainable
 from run.lines import say
 from run.problems import TRIES, choose_problems
 from sample import Rollout, Sampler
@@ -161,35 +161,36 @@ def plan(cfg):
     return 0 if fits else 1
 
 
-def rehearse(cfg, env, acting, learning, learn, model=None):
-    """The largest batch that this run can get, for nothing: the KV cache of the most rows, the
-    longest micro-batch there and back, the optimizer's state. A lack of memory shows now, and not
-    in an hour.
+def rehearse(cfg, env, acting, learning, learn):
+    """The largest batch that this run can get, for nothing, on a model of zeros: the KV cache of
+    the most rows, the longest micro-batch there and back, the optimizer's state. A lack of memory
+    shows now, and not in an hour.
 
     learn(model, rollout, scaler, room): forward and backward over a rollout; room: the longest
-    answer. On random weights, unless there is a model already; it is left as it was."""
+    answer."""
     device = acting.device
     free, need = available(device), total(cfg, device, env)
-    if model is not None:                                   # it is there already, and so are they
-        need -= 4 * sum(p.numel() for p in model.parameters())
-    if device.type == "cpu" and free is not None and need > free:  # a CPU's system kills without a word
+    if device.type == "cpu" and free is not None and need > free:      # its system kills in silence
         raise InputError(f"this run needs about {need / MIB:.0f} MiB, {free / MIB:.0f} are free. "
                          f"{advice(cfg, device, env)}")
+    rows, room, length = most_rows(cfg), env.answer_length, env.prompt_length + env.answer_length
     try:
-        if model is None:
-            model = GPT(gpt_config(cfg, env), device)
+        model = GPT(gpt_config(cfg, env), device, seed=None)
+        for p in model.parameters():
+            p.data.zero_()
+        model = trainable(model, cfg, acting, learning)
         for num in {acting, learning}:
             num.hold(model.parameters())
-        rows, length = most_rows(cfg), env.prompt_length + env.answer_length
         cache = KVCache(model.cfg, rows, length, acting)
         prompts = [[0] * env.prompt_length] * -(-rows // cfg.group)
         Sampler(model.use(acting), stop=-1, fast=False).generate(prompts, cfg.group, 2)
         del cache
         tokens = torch.zeros(largest_batch(cfg), length, dtype=torch.int64, device=device)
         lengths = torch.full((len(tokens),), length, device=device)
-        longest = Rollout(tokens, tokens.float(), lengths - env.answer_length, lengths, lengths > 0)
-        learn(model.use(learning), longest, make_scaler(learning), env.answer_length)
-        moments = [torch.zeros_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
+        longest = Rollout(tokens, tokens.float(), lengths - room, lengths, lengths > 0)
+        learn(model.use(learning), longest, make_scaler(learning), room)
+        moments = [torch.zeros_like(p) for p in model.parameters() if p.requires_grad
+                   for _ in range(2)]
         del moments
     except RuntimeError as e:
         if not isinstance(e, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(e):
@@ -197,8 +198,6 @@ def rehearse(cfg, env, acting, learning, learn, model=None):
         raise InputError(f"{device} has not enough memory for this run's largest batch. "
                          f"{advice(cfg, device, env)}") from e
     finally:
-        if model is not None:
-            model.zero_grad(set_to_none=True)
         for num in {acting, learning}:
             num.hold(())
 

@@ -49,12 +49,8 @@ def prepare(cfg, given, saved, learn):
     if cfg.overlong > env.answer_length:
         raise InputError(f"--overlong {cfg.overlong} is longer than the longest answer, "
                          f"{env.answer_length} tokens")
-    rehearse = partial(memory.rehearse, cfg, env, acting, learning, learn)
-    if not cfg.model:
-        rehearse()
-    model = base.load_policy(cfg, env, device, saved, learning if acting is learning else None)
-    if cfg.model:
-        rehearse(model)
+    memory.rehearse(cfg, env, acting, learning, learn)
+    model = base.load_policy(cfg, env, device, saved, acting, learning)
     for num in {acting, learning}:
         num.hold(model.parameters())
     if cfg.model and not saved:
