@@ -415,30 +415,24 @@ def learn_all(cfg, model, rollout, scaler, room):
 
 def parse_config(argv=None):
     """Command line -> (Config, the flags that were given), without --resume."""
-    cfg, given, _ = flags.parse(Config, argv, __doc__)
+    cfg, given, *_ = flags.parse(Config, argv, __doc__)
     return flags.check(cfg, given), given
 
 
 def main(argv=None):
-    try:
-        cfg, given, actions = flags.parse(Config, argv, __doc__)
-    except flags.Help as e:
-        return print(e)
-    path, saved = load_saved(actions["resume"], Config) if actions["resume"] else (None, None)
+    cfg, given, resume, plan = flags.parse(Config, argv, __doc__)
+    path, saved = load_saved(resume, Config) if resume else (None, None)
     if saved:
         cfg = Config(**flags.resumed(Config, saved["config"], given))
     flags.check(cfg, given)
     try:
-        if actions["plan"]:
+        if plan:
             return memory.plan(cfg)
         run = Run(path) if saved else Run.new(cfg.out)
         try:
             return train(cfg, given, run, saved)
         finally:
             run.forget_if_empty()
-    except KeyboardInterrupt:
-        say("\ninterrupted")
-        return 130
     except BrokenPipeError:                              # `train_rl.py | head`: run_main handles it
         raise
     except OSError as e:

@@ -105,7 +105,7 @@ def first_difference(model, tokens, start):
 
 def not_exact(model, rollout, differ, advice):
     """differ (R, T): the answers' tokens with other bits in training than in the rollout."""
-    rows = torch.argsort(~differ.any(1), stable=True)[:24]               # one that differs first
+    rows = torch.argsort((~differ.any(1)).int(), stable=True)[:24]       # one that differs first
     end = int(rollout.length[rows[0]])
     prompt = min(int(rollout.prompt_length[rows].max()), end - 1)
     where = first_difference(model, rollout.tokens[rows, :end], prompt)

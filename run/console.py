@@ -42,6 +42,9 @@ def run_main(main):
     name = sys.argv[0].rsplit("/", 1)[-1]
     try:
         sys.exit(main())
+    except KeyboardInterrupt:
+        print("\ninterrupted")
+        sys.exit(130)
     except InputError as e:
         print(f"{name}: {e}", file=sys.stderr)
         sys.exit(1)

@@ -6,6 +6,7 @@ effect is refused); whether a resumed run may change it; whether it changes what
 """
 import argparse
 import dataclasses
+import sys
 
 from algorithms import ALGORITHMS, CORRECTIONS, decoupled, parse_correction
 from data.tasks import SCRATCH
@@ -49,25 +50,21 @@ def preset(config, *names):
             if n in f.metadata["presets"]}
 
 
-class Help(Exception):
-    """--help or --help-all was given."""
-
-
 def parse(config, argv, doc):
-    """Command line -> (settings, the flags that were given, the actions resume and plan). A resumed
-    run's settings are not complete yet: the folder has them."""
+    """Command line -> settings, the flags that were given, --resume, --plan. A resumed run's
+    settings are not complete yet: the folder has them."""
     parser = Parser(prog="train_rl.py", add_help=False, allow_abbrev=False)
     for f in dataclasses.fields(config):
         add_flag(parser, f)
-    for name in ("-h", "--help", "--help-all", "--plan"):
-        parser.add_argument(name, action="store_true")
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--help-all", action="store_true")
+    parser.add_argument("--plan", action="store_true")
     parser.add_argument("--resume", metavar="DIR", default="")
     ns = vars(parser.parse_args(argv))
-    actions = {k: ns.pop(k) for k in ("h", "help", "help_all", "resume", "plan")}
-    if actions["h"] or actions["help"]:
-        raise Help(short_help(config, doc))
-    if actions["help_all"]:
-        raise Help(long_help(config, doc))
+    short, long, plan, resume = map(ns.pop, ("help", "help_all", "plan", "resume"))
+    if short or long:
+        print(short_help(config, doc) if short else long_help(config, doc))
+        sys.exit()
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in ns.items() if v is not None}
     if "algo" in given:                                     # the paper's names are spelled out
         named = {name: dict(algo=name) for name in ALGORITHMS} | PAPER
@@ -81,7 +78,8 @@ def parse(config, argv, doc):
     kinds = ["gpu"] * (which == "gpu") + ["model"] * bool(given.get("model"))
     kinds += ["lora"] * bool(given.get("lora_rank") and given.get("model"))
     own = ALGORITHMS[given.get("algo", config.algo)].settings
-    return config(**preset(config, *kinds) | own | given | dict(preset=which)), given, actions
+    cfg = config(**preset(config, *kinds) | own | given | dict(preset=which))
+    return cfg, given, resume, plan
 
 
 def add_flag(parser, f):
