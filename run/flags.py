@@ -6,6 +6,7 @@ effect is refused); whether a resumed run may change it; whether it changes what
 """
 import argparse
 import dataclasses
+import itertools
 import sys
 
 from algorithms import ALGORITHMS, CORRECTIONS, decoupled, parse_correction
@@ -61,9 +62,9 @@ def parse(config, argv, doc):
     parser.add_argument("--plan", action="store_true")
     parser.add_argument("--resume", metavar="DIR", default="")
     ns = vars(parser.parse_args(argv))
-    short, long, plan, resume = map(ns.pop, ("help", "help_all", "plan", "resume"))
-    if short or long:
-        print(short_help(config, doc) if short else long_help(config, doc))
+    short, full, plan, resume = map(ns.pop, ("help", "help_all", "plan", "resume"))
+    if short or full:
+        print(help_text(config, doc, full))
         sys.exit()
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in ns.items() if v is not None}
     if "algo" in given:                                     # the paper's names are spelled out
@@ -116,20 +117,19 @@ def check(cfg, given=()):
 
 def check_correction(cfg):
     """--correction is one of ours, with ends that keep something, and counts nothing twice."""
-    name = cfg.correction.split(":")[0]
+    name, said = cfg.correction.split(":")[0], f"--correction {cfg.correction[:60]}"
     if cfg.correction == "none":
         return
     if name not in CORRECTIONS or name == "none":
         raise InputError(f"no correction {cfg.correction[:40]!r}{nearest(name, CORRECTIONS)} "
                          f"(there are {', '.join(CORRECTIONS)})")
-    said = f"--correction {cfg.correction[:60]}"
     try:
-        _, _, low, high = parse_correction(cfg.correction)
+        low, high = parse_correction(cfg.correction)[2:]
     except ValueError:                                      # no numbers, or too many
-        raise InputError(f"{said}: after the name stands a cap, as in seq-mis:10, or a low and a "
-                         "high end, as in token-mis:0.5:5") from None
+        low = high = 0
     if not 0 <= low < high:
-        raise InputError(f"{said} keeps nothing: from {low:g} to {high:g}")
+        raise InputError(f"{said}: after the name stands a cap above 0, as in seq-mis:10, or a low "
+                         "and a higher end, as in token-mis:0.5:5")
     if name != "geometric" and ALGORITHMS[cfg.algo].has_ratio and not decoupled(cfg):
         raise InputError(f"{said}: the ratio of --algo {cfg.algo} against the rollout holds the "
                          "mismatch already, and a weight would count it twice; add --old-policy "
@@ -191,26 +191,24 @@ def about(f, full):
     return entry(f"{flag('no_' * off + f.name)} {takes.get(kind, '')}", text)
 
 
-def short_help(config, doc):
-    """Three examples, then the flags that people use."""
+def help_text(config, doc, full):
+    """Three examples, then the flags that people use. full: then every setting by group, and what
+    each algorithm sets."""
+    settings = dataclasses.fields(config)
     examples = [x for x in doc.splitlines() if x.startswith("    python train_rl.py")][:3]
-    common = [about(f, False) for f in dataclasses.fields(config) if f.metadata["common"]]
-    return "\n".join([doc.splitlines()[0], "", *examples, "", "The flags that people use:", *common,
-                      entry("--resume DIR", "go on, bit for bit, where a run stopped"),
-                      entry("--plan", "say what the run will need in memory, and run nothing"),
-                      entry("--help-all", "every setting, with its defaults")])
+    lines = [doc.splitlines()[0], "", *examples, "", "The flags that people use:",
+             *(about(f, False) for f in settings if f.metadata["common"]),
+             entry("--resume DIR", "go on, bit for bit, where a run stopped"),
+             entry("--plan", "say what the run will need in memory, and run nothing"),
+             entry("--help-all", "every setting, with its defaults")]
+    if not full:
+        return "\n".join(lines)
 
-
-def long_help(config, doc):
-    """Every setting by group, and what each algorithm sets."""
     def sets(settings):
         return " ".join(f"{flag(k)} {plain(v)}" for k, v in settings.items())
-    lines, group = [short_help(config, doc), "", "Every setting:"], None
-    for f in dataclasses.fields(config):
-        if f.metadata["group"] != group:
-            group = f.metadata["group"]
-            lines += ["", group]
-        lines.append(about(f, True))
+    lines += ["", "Every setting:"]
+    for group, some in itertools.groupby(settings, lambda f: f.metadata["group"]):
+        lines += ["", group, *(about(f, True) for f in some)]
     lines += ["", "algorithms (--algo), and what they set unless a flag says otherwise"]
     lines += [entry(name, a.about + ("; sets " + sets(a.settings) if a.settings else ""))
               for name, a in ALGORITHMS.items()]

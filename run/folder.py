@@ -126,8 +126,6 @@ def load_saved(resume, config):
     known, needed = ({f.name for f in dataclasses.fields(kind)} for kind in (config, State))
     if not needed <= set(saved) or not set(saved["config"]) <= known:
         raise InputError(f"{resume} holds a model but no run to go on with")
-    saved["config"] = {k: tuple(v) if isinstance(v, list) else v
-                       for k, v in saved["config"].items()}
     return path, saved
 
 
