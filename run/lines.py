@@ -13,7 +13,8 @@ def say(text):
 
 
 def wrapped(text, first="", rest="  "):
-    """In lines of at most 100 columns. first, rest: what the first and the other lines begin with."""
+    """In lines of at most 100 columns. first, rest: what the first line begins with, and the
+    others."""
     return textwrap.fill(text, 100, initial_indent=first, subsequent_indent=rest,
                          break_on_hyphens=False)
 

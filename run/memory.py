@@ -30,9 +30,9 @@ def saved_per_token(gpt, element, compiled=False, lora=0):
     C, F, D, H, KV = gpt.width, gpt.mlp_width, gpt.head_dim, gpt.n_heads, gpt.n_kv_heads
     n = element * (6 * C + (4 * H + 3 * KV) * D + 7 * lora) + 16 * F + 4 * (H + 2)
     n += 4 * (H + KV) * (D + 1) * gpt.qk_norm
-    if gpt.n_experts:                       # the MLP's part for each expert met, and what goes in and out
+    if gpt.n_experts:         # the MLP's part for each expert met, and what goes in and out
         met = gpt.experts_per_token
-        n += 16 * (met * gpt.expert_width - F) + met * gpt.width * (element + 4) + 16 * gpt.n_experts
+        n += 16 * (met * gpt.expert_width - F + gpt.n_experts) + met * gpt.width * (element + 4)
     return n // 2 if compiled else n
 
 
@@ -67,11 +67,10 @@ def needs(cfg, device, env):
 
     def copies(n):                                          # of n numbers, rounded to each format
         return sum(n * size for f, size in element.items() if f != "fp32")
-    # the base below adapters has FP32 masters only if the two sides round otherwise
-    base = 4 * N + copies(N) if two else N * element[cfg.train_format]
-    trained = adapters or N
-    # compiled: packed once more, for each direction
-    packed = 4 * (N - gpt.vocab_size * gpt.width * (not gpt.tied_head)) * (2 + two) * compiled
+    trained, products = adapters or N, N - gpt.vocab_size * gpt.width * (not gpt.tied_head)
+    # frozen weights have FP32 masters only if the two sides round otherwise
+    frozen = (4 * N + copies(N) if two else N * element[cfg.train_format]) * bool(adapters)
+    packed = 4 * products * (2 + two) * compiled            # once more, for each direction
     reference = N * (4 if cfg.train_format == "fp32" else 8) * bool(cfg.kl_beta and not adapters)
 
     rows, step = most_rows(cfg), min(cfg.rollout_rows, cfg.prompts * cfg.group)
@@ -88,7 +87,7 @@ def needs(cfg, device, env):
     passing = 4 * size * max(gpt.mlp_width, gpt.experts_per_token * gpt.expert_width)
     shape = "--lora-rank" if cfg.lora_rank or cfg.model else "--n-layers --width"
     return {k: v for k, v in {
-        "frozen weights": (base * bool(adapters), "--model"),
+        "frozen weights": (frozen, "--model"),
         "master weights, FP32": (4 * trained, shape),
         "reference model": (reference, "--kl-beta"),
         "rounded weights": (copies(trained) + packed, shape),

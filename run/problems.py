@@ -62,7 +62,7 @@ def perfectible(model, env, pool, cfg, nums):
     80 % of 40).
 
     It answers in one format (cfg.base_precision), so that the set is a property of the base and the
-    same for every --precision. How often each problem was solved is kept beside the base. nums:
+    same for every --precision. How often each problem was solved is kept in the cache. nums:
     numerics that hold the model's weights already."""
     low, high = cfg.keep
     if low <= 0 and high >= 1:
