@@ -126,10 +126,10 @@ def check_correction(cfg):
     try:
         low, high = parse_correction(cfg.correction)[2:]
     except ValueError:                                      # no numbers, or too many
-        low = high = 0
+        raise InputError(f"{said}: after the name stands a cap, as in seq-mis:10, or a low and a "
+                         "high end, as in token-mis:0.5:5") from None
     if not 0 <= low < high:
-        raise InputError(f"{said}: after the name stands a cap above 0, as in seq-mis:10, or a low "
-                         "and a higher end, as in token-mis:0.5:5")
+        raise InputError(f"{said} keeps nothing: from {low:g} to {high:g}")
     if name != "geometric" and ALGORITHMS[cfg.algo].has_ratio and not decoupled(cfg):
         raise InputError(f"{said}: the ratio of --algo {cfg.algo} against the rollout holds the "
                          "mismatch already, and a weight would count it twice; add --old-policy "
