@@ -39,7 +39,7 @@ from run import base, checks, flags, memory, problems, start
 from run.console import run_main
 from run.flags import setting
 from run.folder import Run, interruptible, load_saved, provenance
-from run.lines import Notes, all_of, say, step_line
+from run.lines import all_of, notes, say, step_line
 from run.meter import Meter
 from sample import Rollout, Sampler
 
@@ -332,30 +332,30 @@ def train(cfg, given, run, saved=None):
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, fused=True, **ADAM)
     sampler = Sampler(model.use(acting), env.tokenizer.stop, env.tokenizer.pad, cfg.fast)
     reference = base.load_reference(cfg, model, saved, device)
-    save = partial(run.save, cfg=cfg, model=model, optimizer=optimizer, scaler=scaler,
-                   reference=reference, prompt_length=env.prompt_length, base=base.identity(cfg))
+    save = partial(run.save, state, cfg, model, optimizer, scaler, reference)
     if cfg.exact:
         asked = problems.problems_of_step(state.problems, 0, cfg)
         batch = Batch(collect(sampler, env, asked, cfg, (cfg.seed, 12))[0])
         checks.self_test(model.use(learning), batch, partial(learn, model, batch, cfg,
                                                              scaler, env.answer_length))
     if saved:
-        state = run.resume(saved, cfg, given, optimizer, scaler, device)
+        run.resume(saved, state.step, given, optimizer, scaler)
     else:
         nums = acting, learning
         state.problems = problems.perfectible(model, env, state.problems, cfg, nums)
         if state.heldout:
             state.before = start.pass_at_1(cfg, sampler, env, state.heldout, 6, acting)
-        torch.manual_seed(cfg.seed)                 # nothing here draws from it; what you add may
         run.log(provenance(cfg, device))
-        save(state)
+        save()
     say(f"training on {len(state.problems)} problems, {cfg.prompts} x {cfg.group} answers a step, "
-        f"{cfg.algo}; everything goes to {run.path}/")
-    history, notes, begun, first = run.history(), Notes(), time.time(), state.step
+        f"{cfg.algo}; everything goes to {run.path}/" if state.step < cfg.steps else
+        f"all {cfg.steps} steps are done; to go on: --resume {run.path} --steps {2 * cfg.steps}")
+    history, told, begun, first = run.history(), {}, time.time(), state.step
 
     with interruptible() as stop:
         for step in range(state.step + 1, cfg.steps + 1):
             # --- act: the policy answers, in the rollout's format
+            torch.manual_seed(cfg.seed * 10 ** 7 + step)    # draws nothing here; what you add may
             t0 = time.time()
             model.use(acting)
             batch = act(sampler, env, state, cfg, step)
@@ -395,10 +395,10 @@ def train(cfg, given, run, saved=None):
             say(step_line(history[-1], cfg.steps, to_go))
             if cfg.verbose:
                 say(all_of(history[-1]))
-            notes.say(history)
+            notes(history, told)
             run.log_samples(step, batch, env)
             if step % cfg.save_every == 0 or step == cfg.steps or stop:
-                save(state)
+                save()
             if stop and step < cfg.steps:
                 say(f"stopped at step {step}; go on with: python train_rl.py --resume {run.path}")
                 return 130
@@ -415,30 +415,24 @@ def learn_all(cfg, model, rollout, scaler, room):
 
 def parse_config(argv=None):
     """Command line -> (Config, the flags that were given), without --resume."""
-    cfg, given, _ = flags.parse(Config, argv, __doc__)
+    cfg, given, *_ = flags.parse(Config, argv, __doc__)
     return flags.check(cfg, given), given
 
 
 def main(argv=None):
-    try:
-        cfg, given, actions = flags.parse(Config, argv, __doc__)
-    except flags.Help as e:
-        return print(e)
-    path, saved = load_saved(actions["resume"], Config) if actions["resume"] else (None, None)
+    cfg, given, resume, plan = flags.parse(Config, argv, __doc__)
+    path, saved = load_saved(resume, Config) if resume else (None, None)
     if saved:
         cfg = Config(**flags.resumed(Config, saved["config"], given))
     flags.check(cfg, given)
     try:
-        if actions["plan"]:
+        if plan:
             return memory.plan(cfg)
         run = Run(path) if saved else Run.new(cfg.out)
         try:
             return train(cfg, given, run, saved)
         finally:
             run.forget_if_empty()
-    except KeyboardInterrupt:
-        say("\ninterrupted")
-        return 130
     except BrokenPipeError:                              # `train_rl.py | head`: run_main handles it
         raise
     except OSError as e:

@@ -20,7 +20,6 @@ from operators.device import pick_device
 from precision import make_scaler
 from run.base import gpt_config, load_task
 from run.console import run_main
-from run.flags import Help
 from run.memory import peak_memory
 from sample import Sampler
 from train_rl import Batch, Config, learn, parse_config, update
@@ -153,10 +152,7 @@ class Work:
 
 
 def main(argv=None):
-    try:
-        cfg = parse_config(argv)[0]
-    except Help as e:
-        return print(e)
+    cfg = parse_config(argv)[0]
     device, env = pick_device(cfg.device), load_task(cfg)
     model = GPT(gpt_config(cfg, env), device)
     size = Size(model.cfg, cfg.prompts, env.prompt_length, env.answer_length, cfg.micro_batch,

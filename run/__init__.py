@@ -6,6 +6,8 @@
     problems.py  the problems: pool, held-out, perfectible set, the order in which they come
     memory.py    --plan, and the rehearsal of the largest batch
     checks.py    exact mode's self-test, where the first bit differs, where the first NaN is
-    lines.py     what is printed: banner, step line, notes, verdict
+    start.py     before the first step, and after the last: the verdict
+    meter.py     the metrics of a step
+    lines.py     what is printed: banner, step line, notes
     curves.py    curves.png
 """

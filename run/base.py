@@ -26,7 +26,7 @@ from operators.code import fingerprint, fingerprints
 from operators.device import reproducible
 from precision import InputError, Numerics, make_scaler
 from run.checkpoint import load_checkpoint, load_model, save_checkpoint
-from run.lines import clock, say
+from run.lines import say, to_go
 
 HEAD_WIDTH, EXPERTS_PER_TOKEN = 64, 2
 
@@ -38,8 +38,8 @@ def load_task(cfg):
         tokenizer = hf_tokenizer.load_tokenizer(weights.folder_of(cfg.model), cfg.prompt_form)
         return Env(task, tokenizer, cfg.max_answer, say)
     if not task.draws:
-        raise InputError(f"--task {cfg.task} needs a model that can read: --model FOLDER, a checkpoint from "
-                         "the Hugging Face hub")
+        raise InputError(f"--task {cfg.task} needs a model that can read: --model FOLDER, a "
+                         "checkpoint from the Hugging Face hub")
     return Env(task, Bytes, 0, say)
 
 
@@ -59,35 +59,17 @@ def gpt_config(cfg, env):
                      n_kv_heads=heads // 2, mlp_width=3 * cfg.width, context=context, **experts)
 
 
-def find_base(cfg, device, env=None):
-    """-> (the cached base model for these settings or None, the path it has or would have, its
-    key). A checkpoint of --model stays where it is; what is found out about it is kept under this
-    path."""
+def base_key(cfg, device, env):
+    """All that makes the base what it is, the code included."""
+    key = dict(precision=cfg.base_precision, device=device.type, torch=torch.__version__)
     if cfg.model:
-        key = dict(model=weights.fingerprint(cfg.model), form=cfg.prompt_form,
-                   precision=cfg.base_precision, device=device.type, torch=torch.__version__)
-        return None, CACHE / f"model-{key['model']}" / "checkpoint.pt", key
-    env = env or load_task(cfg)
-    shape = gpt_config(cfg, env)
+        return key | dict(model=weights.fingerprint(cfg.model), form=cfg.prompt_form)
     plain = why_plain(device, cfg.fast)
-    key = dict(task=cfg.task, digits=cfg.digits, noise=cfg.noise, gpt=shape.__dict__, seed=cfg.seed,
-               steps=cfg.base_steps, batch=cfg.base_batch, lr=cfg.base_lr, precision=cfg.base_precision,
-               device=device.type, torch=torch.__version__, code=code(cfg, "run/base.py"),
-               compiled=not plain and fingerprint("operators/block.c"))
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-    task = cfg.task.rpartition("/")[2].removesuffix(".py")
-    path = CACHE / f"base-{task}-{name}" / "checkpoint.pt"
-    if path.exists():
-        try:
-            return load_model(load_checkpoint(path, device), device, expect=shape), path, key
-        except InputError as e:
-            say(f"base model: {e}; making it again")
-    return None, path, key
-
-
-def identity(cfg):
-    """What a resumed run compares --model's folder with; nothing without one."""
-    return weights.fingerprint(cfg.model) if cfg.model else None
+    return key | dict(
+        task=cfg.task, digits=cfg.digits, noise=cfg.noise, gpt=vars(gpt_config(cfg, env)),
+        seed=cfg.seed, steps=cfg.base_steps, batch=cfg.base_batch, lr=cfg.base_lr,
+        code=code(cfg, "run/base.py", "run/checkpoint.py"),
+        compiled=not plain and fingerprint("operators/block.c"))
 
 
 def code(cfg, *more):
@@ -96,22 +78,34 @@ def code(cfg, *more):
     return fingerprints("precision.py", "model.py", "operators/*.py", "data/*.py", *more), *own
 
 
-def get_base(cfg, device, env=None):
+def cached(name, key):
+    """Where in the cache that stands which is made of `key`."""
+    name += "-" + hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    return CACHE / name
+
+
+def find_base(cfg, device, env=None):
+    """-> the cached base model for these settings or None, the path it has or would have."""
+    name = "base-" + cfg.task.rpartition("/")[2].removesuffix(".py")
+    path = cached(name, base_key(cfg, device, env or load_task(cfg))) / "checkpoint.pt"
+    return load_model(load_checkpoint(path, device), device) if path.exists() else None, path
+
+
+def get_base(cfg, device, env):
     """The policy that RL begins with: --model's, else the base model for these settings, from the
     cache if it is there, else trained and put there."""
-    env = env or load_task(cfg)
     if cfg.model:
         return weights.load(cfg.model, device, env.prompt_length + env.answer_length, say)
-    model, path, key = find_base(cfg, device, env)
+    model, path = find_base(cfg, device, env)
     if model:
         say(f"base model: {path.parent} (cached), {model.n_params() / 1e6:.2f} M parameters")
         return model
     model = GPT(gpt_config(cfg, env), device, cfg.seed)
-    say(f"base model: none in the cache for these settings and this code; {model.n_params() / 1e6:.2f} M "
-        f"parameters learn to imitate a noisy demonstrator ({cfg.base_steps} steps of {cfg.base_batch})")
+    say("base model: none in the cache for these settings and this code; "
+        f"{model.n_params() / 1e6:.2f} M parameters learn to imitate a noisy demonstrator "
+        f"({cfg.base_steps} steps of {cfg.base_batch})")
     train_base(model, env, cfg)
-    save_checkpoint(path, model, config=dict(task=cfg.task, digits=cfg.digits, noise=cfg.noise),
-                    key=json.dumps(key))
+    save_checkpoint(path, model, config=dict(task=cfg.task, digits=cfg.digits, noise=cfg.noise))
     return model
 
 
@@ -155,37 +149,48 @@ def train_base(model, env, cfg):
         optimizer.zero_grad(set_to_none=True)
         num.refresh()
         if (step + 1) % max(1, cfg.base_steps // 10) == 0:
-            spent = time.time() - begin
-            say(f"  imitation {step + 1:5}/{cfg.base_steps}  loss {loss.item():.3f}  {clock(spent)} spent, "
-                f"{clock(spent / (step + 1) * (cfg.base_steps - step - 1))} to go")
+            say(f"  imitation {step + 1:5}/{cfg.base_steps}  loss {loss.item():.3f}  "
+                + to_go(begin, (step + 1) / cfg.base_steps))
     if not math.isfinite(loss.item()) or not all(torch.isfinite(p).all() for p in model.parameters()):
         raise InputError(f"the base model's loss is {loss.item()}: imitation diverged; lower --base-lr")
     model.use(Numerics("fp32", device).hold(model.parameters()))
 
 
-def load_policy(cfg, env, device, saved=None, num=None):
-    """The model that learns, from its checkpoint (the dict `saved`) or from the base. num: the
-    numerics of both sides, where they are the same."""
+def load_policy(cfg, env, device, saved, acting, learning):
+    """The model that learns, from its checkpoint (the dict `saved`) or from the base."""
     if saved:
-        base = None
-        if cfg.model and cfg.lora_rank:                    # the checkpoint holds the adapters alone
-            if weights.fingerprint(cfg.model) != saved["base"]:
-                raise InputError(f"{cfg.model} is not the model that this run began with")
-            base = get_base(cfg, device, env)
-        model = load_model(saved, device, gpt_config(cfg, env), base)
+        model = load_trained(saved, device, gpt_config(cfg, env))
     else:
         model = get_base(cfg, device, env)
-        if cfg.lora_rank:
-            model.adapt(cfg.lora_rank, cfg.seed)
-            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            say(f"LoRA: {trained / 1e6:.3f} M parameters are trained, {model.n_params() / 1e6:.2f} M are "
-                "frozen")
-    if num is not None:
-        model.keep_rounded(num)
+    trainable(model, cfg, acting, learning)
+    if model.lora:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        say(f"LoRA: {trained / 1e6:.3f} M parameters are trained, {model.n_params() / 1e6:.2f} M "
+            "are frozen")
     if cfg.replay_routing and not model.cfg.n_experts:
         raise InputError("--replay-routing: this model has no experts")
+    return model
+
+
+def trainable(model, cfg, acting, learning):
+    """With adapters, if these are what is trained. Frozen weights are kept in the format alone, if
+    both sides have the same."""
+    if cfg.lora_rank and not model.lora:
+        model.adapt(cfg.lora_rank, cfg.seed)
+    if acting is learning:
+        model.keep_rounded(learning)
     model.recompute = cfg.recompute
     return model
+
+
+def load_trained(saved, device, expect=None):
+    """The model of a checkpoint. With --model and LoRA it holds the adapters alone."""
+    run, base = saved.get("config", {}), None
+    if run.get("model") and saved["lora"]:
+        if weights.fingerprint(run["model"]) != saved["base"]:
+            raise InputError(f"{run['model']} is not the model that this run began with")
+        base = weights.load(run["model"], device, saved["gpt"]["context"])
+    return load_model(saved, device, expect, base)
 
 
 def load_reference(cfg, model, saved, device):
@@ -215,12 +220,8 @@ def open_model(path, device):
     path = pathlib.Path(path)
     if (path / "config.json").exists() and not (path / "checkpoint.pt").exists():
         return weights.load(path, device), hf_tokenizer.load_tokenizer(path), dict(model=str(path))
-    state = load_checkpoint(path, device)
-    run, base, tokenizer = state.get("config", {}), None, Bytes
+    saved = load_checkpoint(path, device)
+    run, tokenizer = saved.get("config", {}), Bytes
     if run.get("model"):
         tokenizer = hf_tokenizer.load_tokenizer(run["model"], run["prompt_form"])
-        if state["lora"]:
-            if weights.fingerprint(run["model"]) != state["base"]:
-                raise InputError(f"{run['model']} is not the model that {path} was trained upon")
-            base = weights.load(run["model"], device, state["gpt"]["context"])
-    return load_model(state, device, base=base), tokenizer, run
+    return load_trained(saved, device), tokenizer, run

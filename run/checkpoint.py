@@ -1,11 +1,11 @@
-"""run/checkpoint.py: a model's checkpoint is one file, a dict of tensors and plain values. No pickle is
-ever loaded."""
+"""run/checkpoint.py: a model's checkpoint is one file, a dict of tensors and plain values. No pickle
+is ever loaded."""
 import dataclasses
 import os
 import pathlib
-import tempfile
 import time
 import zipfile
+from contextlib import contextmanager
 
 import torch
 
@@ -14,35 +14,40 @@ from precision import InputError, Numerics
 
 FORMAT_VERSION = 2
 STALE = 600                             # seconds after which a half-written file belongs to no run
-UMASK = os.umask(0)                     # what a file may be read by, as the user has it
-os.umask(UMASK)
+
+
+@contextmanager
+def replacing(path):
+    """A file to write to. It takes the place of `path` when all is written: `path` is at every
+    moment either the complete old file or the complete new one."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")         # two runs, two names
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(partial, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def save_checkpoint(path, model, only_trained=False, **rest):
     """Write model (only_trained: without its frozen weights) and `rest` (tensors, dicts, lists,
-    numbers, strings) to `path` so that `path` is at every moment either the complete old file or
-    the complete new one: write beside it, flush to the disk, rename."""
-    path, partial = pathlib.Path(path), None
+    numbers, strings)."""
+    path = pathlib.Path(path)
     weights = {n: p.detach() for n, p in model.state_dict(keep_vars=True).items()
                if p.requires_grad or not only_trained}
-    state = dict(tenbit=FORMAT_VERSION, gpt=dataclasses.asdict(model.cfg), lora=model.lora,
-                 model=weights, **rest)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(".partial", path.name + ".", path.parent)    # two runs, two names
-        with open(handle, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(partial, 0o666 & ~UMASK)
-        os.replace(partial, path)
+        with replacing(path) as f:
+            torch.save(dict(tenbit=FORMAT_VERSION, gpt=dataclasses.asdict(model.cfg),
+                            lora=model.lora, model=weights, **rest), f)
     except (OSError, RuntimeError) as e:
-        if partial:
-            pathlib.Path(partial).unlink(missing_ok=True)
-        cause = e if isinstance(e, OSError) else e.__context__  # torch tells a failed write in its own words
+        cause = e if isinstance(e, OSError) else e.__context__    # torch has words of its own for it
         if not isinstance(cause, OSError):
             raise
-        raise InputError(f"cannot write {path}: {cause.strerror}; what was there before is untouched") from e
+        raise InputError(f"cannot write {path}: {cause.strerror}; what was there before is "
+                         "untouched") from e
     for other in path.parent.glob(path.name + ".*.partial"):     # of a run that was killed long ago
         if time.time() - other.stat().st_mtime > STALE:
             other.unlink(missing_ok=True)
@@ -57,16 +62,17 @@ def load_checkpoint(path, device="cpu"):
         raise InputError(f"no checkpoint at {path}")
     try:
         with zipfile.ZipFile(path) as z:       # a truncated file has lost its directory, at the end
-            damaged = z.testzip()
-        state = None if damaged else torch.load(path, map_location=device, weights_only=True)
-    except Exception as e:  # whatever is wrong with a foreign file, the answer to the user is the same
-        raise InputError(
-            f"{path} is not a complete checkpoint ({type(e).__name__}): truncated, or another program's file"
-        ) from e
+            if z.testzip():
+                raise zipfile.BadZipFile
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as e:         # whatever is wrong with a foreign file, the user hears the same
+        raise InputError(f"{path} is not a complete checkpoint ({type(e).__name__}): truncated, "
+                         "damaged, or another program's file") from e
     if not isinstance(state, dict) or "tenbit" not in state:
-        raise InputError(f"{path} is {'damaged' if state is None else 'not a checkpoint of this program'}")
+        raise InputError(f"{path} is not a checkpoint of this program")
     if state["tenbit"] != FORMAT_VERSION:
-        raise InputError(f"{path} has checkpoint version {state['tenbit']}, this program reads version {FORMAT_VERSION}")
+        raise InputError(f"{path} has checkpoint version {state['tenbit']}, this program reads "
+                         f"version {FORMAT_VERSION}")
     return state
 
 
@@ -85,9 +91,10 @@ def load_model(state, device="cpu", expect=None, base=None):
     if state.get("lora"):
         model.adapt(**state["lora"])
     try:
-        missing, unexpected = model.load_state_dict(state["model"], strict=base is None)
+        missing, wrong = model.load_state_dict(state["model"], strict=False)
+        wrong += [n for n in missing if not base or model.get_parameter(n).requires_grad]
     except (KeyError, RuntimeError) as e:
-        raise InputError(f"the checkpoint's weights do not fit its own description: {str(e).splitlines()[-1].strip()}") from None
-    if unexpected or any(model.get_parameter(n).requires_grad for n in missing):
-        raise InputError(f"the checkpoint's weights do not fit its base model: {', '.join((unexpected or missing)[:3])}")
+        wrong = [str(e).splitlines()[-1].strip()]
+    if wrong:
+        raise InputError(f"the checkpoint's weights do not fit its own description: {wrong[0]}")
     return model.use(Numerics("fp32", device).hold(model.parameters()))

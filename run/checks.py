@@ -1,6 +1,7 @@
 """run/checks.py: what is looked at when numbers are not what they should be. Exact mode's
 self-test, the operator where the first bit differs between rollout and training, the layer where
 the first NaN is."""
+import itertools
 import math
 import sys
 from dataclasses import dataclass
@@ -26,16 +27,11 @@ class Operator:
     name: str
     full: torch.Tensor             # (B T, numbers), rounded to the format
     cached: torch.Tensor
-    full_raw: torch.Tensor | None  # FP32, before rounding; None where the hardware rounds as it writes
+    full_raw: torch.Tensor | None  # FP32, before it; None where the hardware rounds as it writes
     cached_raw: torch.Tensor | None
 
-    @property
-    def differ(self):
-        return float((self.full != self.cached).float().mean())
-
-    @property
-    def differ_raw(self):
-        return None if self.full_raw is None else float((self.full_raw != self.cached_raw).float().mean())
+    differ = property(lambda op: unlike(op.full, op.cached))
+    differ_raw = property(lambda op: unlike(op.full_raw, op.cached_raw))
 
     @property
     def size(self):
@@ -44,11 +40,16 @@ class Operator:
         return float(off / all_.clamp(min=1e-30))
 
 
+def unlike(a, b):
+    """Share of numbers that are not the same."""
+    return None if a is None else float((a != b).float().mean())
+
+
 def watch(model, rows, run):
     """Do run(), a pass over `rows` rows, and return what each operator gave: [(where, operator,
     rounded, raw or None)], each (rows, T, numbers). What the experts do with some of the tokens is
     left out."""
-    num, seen = model.num, []
+    seen = []
 
     def spy(kind, where, x, raw):
         frame = sys._getframe(1)
@@ -59,13 +60,12 @@ def watch(model, rows, run):
             return
         x, raw = (t.transpose(1, 2).flatten(2) if t.dim() == 4 else t.view(rows, -1, t.shape[-1])
                   for t in (x, raw))
-        seen.append((where, name, x.float().clone(), raw.clone() if raw.dtype == torch.float32 else None))
-    num.spy = spy
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        num.spy = None
+        exact = raw.dtype == torch.float32
+        seen.append((where, name, x.float().clone(), raw.clone() if exact else None))
+    model.num.spy = spy
+    with torch.no_grad():
+        run()
+    model.num.spy = None
     return seen
 
 
@@ -80,15 +80,14 @@ def compare(model, tokens, start, alone=False):
     steps = [watch(model, B, lambda: model(tokens[:, :start], cache))]
     for t in range(start, T):
         steps.append(watch(model, B, lambda t=t: model(tokens[:, t:t + 1], cache)))
-    found, products = [], 0
-    for i, (where, kind, *whole) in enumerate(full):
-        name = NAMES[kind]
-        if kind == "linear" and not any(b.lora or b.experts for b in model.blocks):
-            name, products = PRODUCTS[products % 4], products + 1
-        cached = [None if whole[j] is None else torch.cat([s[i][2 + j][shown] for s in steps], 1)
-                  for j in (0, 1)]
-        whole, cached = ([None if t is None else t.flatten(0, 1) for t in x] for x in (whole, cached))
-        found.append(Operator(where, name, whole[0], cached[0], whole[1], cached[1]))
+    dense = not any(b.lora or b.experts for b in model.blocks)
+    found, products = [], itertools.cycle(PRODUCTS)
+    for (where, kind, *whole), *parts in zip(full, *steps):
+        name = next(products) if kind == "linear" and dense else NAMES[kind]
+        cached = [x if x is None else torch.cat([p[i][shown] for p in parts], 1)
+                  for i, x in enumerate(whole, 2)]
+        both = [x if x is None else x.flatten(0, 1) for pair in zip(whole, cached) for x in pair]
+        found.append(Operator(where, name, *both))
     return found
 
 
@@ -98,38 +97,39 @@ def first_difference(model, tokens, start):
     for alone in (True, False):
         for op in compare(model, tokens, start, alone):
             if not op.differ == 0:
-                largest = float((op.full - op.cached).abs().max())
-                return (f"{op.where}, {op.name}: {op.differ:.2%} of its numbers differ, the largest by "
-                        f"{largest:.1e}")
-    return (f"not found again with {len(tokens)} rows: it is in the head, in the compiled block, or takes "
-            "the company of all rows")
+                return (f"{op.where}, {op.name}: {op.differ:.2%} of its numbers differ, the "
+                        f"largest by {float((op.full - op.cached).abs().max()):.1e}")
+    return (f"not found again with {len(tokens)} rows: it is in the head, in the compiled block, "
+            "or takes the company of all rows")
 
 
 def not_exact(model, rollout, differ, advice):
     """differ (R, T): the answers' tokens with other bits in training than in the rollout."""
-    rows = torch.argsort(differ.any(1).int(), descending=True, stable=True)[:24]  # one that differs first
+    rows = torch.argsort((~differ.any(1)).int(), stable=True)[:24]       # one that differs first
     end = int(rollout.length[rows[0]])
     prompt = min(int(rollout.prompt_length[rows].max()), end - 1)
     where = first_difference(model, rollout.tokens[rows, :end], prompt)
     return InputError(
-        f"stopped: exact mode is not exact here: {int(differ.sum())} of {int(rollout.is_answer.sum())} "
-        "tokens got other bits in training than in the rollout. An edit of an operator can be the cause, "
-        f"or this machine. First difference: {where}. {advice}")
+        f"stopped: exact mode is not exact here: {int(differ.sum())} of "
+        f"{int(rollout.is_answer.sum())} tokens got other bits in training than in the rollout. An "
+        "edit of an operator can be the cause, or this machine. First difference: "
+        f"{where}. {advice}")
 
 
 def self_test(model, batch, learn):
-    """Exact mode claims nothing unchecked: a step of this job's own sizes, with a gradient and without
-    one, gives the same bits on both sides, or the run stops. Leaves everything as it was."""
+    """Exact mode claims nothing unchecked: a step of this job's own sizes, with a gradient and
+    without one, gives the same bits on both sides, or the run stops. Leaves everything as it
+    was."""
     rollout = batch.rollout
     batch.advantage = (torch.arange(len(rollout.length), device=rollout.length.device) % 2).float()
     meter = Meter(batch)
     learn(meter=meter)
     model.zero_grad(set_to_none=True)
     differ = (meter.logp != rollout.logp) & rollout.is_answer & torch.isfinite(rollout.logp)
-    if differ.any():                                        # what is not finite stops the loop itself
+    if differ.any():                                # what is not finite stops the loop itself
         raise not_exact(model, rollout, differ, "Run without --exact")
-    say(f"self-test of exact mode: {int(rollout.is_answer.sum())} tokens of a step of this job, the same "
-        "bits in rollout and training")
+    say(f"self-test of exact mode: {int(rollout.is_answer.sum())} tokens of a step of this job, "
+        "the same bits in rollout and training")
 
 
 def first_bad_layer(model, learn):
@@ -139,45 +139,47 @@ def first_bad_layer(model, learn):
     for name, p in model.named_parameters():
         if not torch.isfinite(model.num.weight(p)).all():
             return f"the weights of {name}, rounded to {fmt.name}"
-    found, largest = [], [0.0, "nothing"]
+    found, largest = [], (0.0, "nothing")
 
     def spy(kind, where, x, raw):
+        nonlocal largest
         if not found and not torch.isfinite(x).all():
-            found.append(f"the {kind} pass of {where} (largest number until then: {largest[0]:.3g} in "
-                         f"{largest[1]}; {fmt.name} ends at {fmt.max:.3g})")
+            found.append(f"the {kind} pass of {where} (largest number until then: {largest[0]:.3g} "
+                         f"in {largest[1]}; {fmt.name} ends at {fmt.max:.3g})")
         elif not found:
-            largest[:] = max(largest, [float(x.abs().max()), where])
+            largest = max(largest, (float(x.abs().max()), where))
     model.num.spy = spy
-    try:
-        loss = float(learn())
-    finally:
-        model.num.spy = None
-        model.zero_grad(set_to_none=True)
+    loss, model.num.spy = float(learn()), None
+    model.zero_grad(set_to_none=True)
     if math.isfinite(loss) or (found and "forward" in found[0]):
         return found[0] if found else "no layer this time: it came and went"
     return "the loss itself, all log-probs being finite: look at rewards and advantages"
 
 
+def broken(what, run, model, once):
+    """The end of a run. once(): the update again."""
+    return InputError(
+        f"stopped: {what}; first seen in {first_bad_layer(model, once)}. Try --precision bf16 or "
+        "fp32 to see whether range is the matter, a lower --lr, or a lower --init-scale. The last "
+        f"good checkpoint is {run.checkpoint}")
+
+
 def check_finite(run, model, acting, learning, meter, rows, once):
-    """Log-probs of both sides are numbers, or the run ends with the name of a layer. once(): the update
-    again."""
+    """Log-probs of both sides are numbers, or the run ends with the name of a layer."""
     where = meter.answer[rows]
     both = meter.batch.rollout.logp, meter.logp
     mu, pi = (bool(torch.isfinite(x[rows][where]).all()) for x in both)
     if not (mu and pi):
-        model.use(learning if mu else acting)
-        raise broken("log-probs are no longer finite", first_bad_layer(model, once), run.checkpoint)
+        raise broken("log-probs are no longer finite", run,
+                     model.use(learning if mu else acting), once)
 
 
 def check_scale(run, model, scaler, norm, once):
     """Gradients are numbers, or the loss scale can still fall."""
-    if scaler.is_enabled() and scaler.get_scale() < 1:
-        why = "the loss scale fell below 1"
-    elif not scaler.is_enabled() and not math.isfinite(norm):
-        why = "gradients are no longer finite"
-    else:
-        return
-    raise broken(why, first_bad_layer(model, once), run.checkpoint)
+    if scaler.get_scale() < 1:
+        raise broken("the loss scale fell below 1", run, model, once)
+    if not scaler.is_enabled() and not math.isfinite(norm):
+        raise broken("gradients are no longer finite", run, model, once)
 
 
 def rejects(correction):
@@ -193,9 +195,3 @@ def idle(cfg):
     t = Tokens(logp > -1, logp - 1, entropy, before, before, zero[0].detach(), reference, cfg.clip)
     grads = torch.autograd.grad(policy_loss(cfg, t)[0], (logp, entropy), allow_unused=True)
     return not any(g is not None and g.any() for g in grads)
-
-
-def broken(what, where, checkpoint):
-    return InputError(
-        f"stopped: {what}; first seen in {where}. Try --precision bf16 or fp32 to see whether range is the "
-        f"matter, a lower --lr, or a lower --init-scale. The last good checkpoint is {checkpoint}")

@@ -22,20 +22,18 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def number(kind, low, high, text):
-    """A number of this kind between low and high from a flag's text; for argparse's `type`."""
-    try:
-        x = kind(text)
-    except ValueError:
-        what = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {what}") from None
-    if not low <= x <= high:
-        raise argparse.ArgumentTypeError(f"{text[:40]} is out of range, {low} to {high}")
-    return x
-
-
 def ranged(kind, low, high):
-    return lambda text: number(kind, low, high, text)
+    """For argparse's `type`: a number of this kind between low and high."""
+    def number(text):
+        try:
+            x = kind(text)
+        except ValueError:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {what}") from None
+        if not low <= x <= high:
+            raise argparse.ArgumentTypeError(f"{text[:40]} is out of range, {low} to {high}")
+        return x
+    return number
 
 
 def run_main(main):
@@ -44,6 +42,9 @@ def run_main(main):
     name = sys.argv[0].rsplit("/", 1)[-1]
     try:
         sys.exit(main())
+    except KeyboardInterrupt:
+        print("\ninterrupted")
+        sys.exit(130)
     except InputError as e:
         print(f"{name}: {e}", file=sys.stderr)
         sys.exit(1)

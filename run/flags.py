@@ -4,15 +4,17 @@ A setting says all that is known of it in one place, in `setting(...)`: its grou
 bounds; what a GPU, a real model or LoRA make of the default; when it has an effect (a flag without
 effect is refused); whether a resumed run may change it; whether it changes what the test asks.
 """
+import argparse
 import dataclasses
-import math
-import textwrap
+import itertools
+import sys
 
 from algorithms import ALGORITHMS, CORRECTIONS, decoupled, parse_correction
 from data.tasks import SCRATCH
 from operators.device import pick_device
 from precision import InputError, nearest, parse_format
-from run.console import Parser, number
+from run.console import Parser, ranged
+from run.lines import wrapped
 
 # When a flag has an effect: in words, and as a condition on the settings
 SCRATCHED = "without --model", lambda c: not c.model
@@ -30,16 +32,13 @@ PAPER |= {f"grpo-{c.split(':')[0]}": dict(algo="dr-grpo", old_policy="recomputed
           for c in ("token-tis", "seq-mis:10")}
 
 
-def setting(group, default, text, low=None, high=None, choices=None, *, gpu=None, model=None, lora=None,
-            when=None, later=False, free=False, common=False):
-    """A dataclass field. low, high: bounds of a number, or of each of a pair. gpu, model, lora: the
-    default on a GPU, with --model, with --lora-rank. when: (words, condition on the settings).
-    later: a resumed run may change it. free: it does not change what the sanity test asks. common:
-    in --help."""
-    presets = {k: v for k, v in dict(gpu=gpu, model=model, lora=lora).items() if v is not None}
-    return dataclasses.field(default=default, metadata=dict(
-        group=group, text=text, low=low, high=high, choices=choices, presets=presets, when=when,
-        later=later, free=free, common=common))
+def setting(group, default, text, low=None, high=None, choices=None, *, when=None, later=False,
+            free=False, common=False, **presets):
+    """A dataclass field. low, high: bounds of a number, or of each of a pair. when: (words,
+    condition on the settings). later: a resumed run may change it. free: it does not change what
+    the sanity test asks. common: in --help. presets: the default on a GPU (gpu), with --model
+    (model), with --model and --lora-rank (lora)."""
+    return dataclasses.field(default=default, metadata=locals())
 
 
 def flag(name):
@@ -52,125 +51,105 @@ def preset(config, *names):
             if n in f.metadata["presets"]}
 
 
-class Help(Exception):
-    """--help or --help-all was given."""
-
-
 def parse(config, argv, doc):
-    """Command line -> (settings, the flags that were given, the actions resume and plan). A resumed
-    run's settings are not complete yet: the folder has them."""
+    """Command line -> settings, the flags that were given, --resume, --plan. A resumed run's
+    settings are not complete yet: the folder has them."""
     parser = Parser(prog="train_rl.py", add_help=False, allow_abbrev=False)
     for f in dataclasses.fields(config):
         add_flag(parser, f)
-    for name in ("-h", "--help", "--help-all", "--plan"):
-        parser.add_argument(name, action="store_true")
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--help-all", action="store_true")
+    parser.add_argument("--plan", action="store_true")
     parser.add_argument("--resume", metavar="DIR", default="")
     ns = vars(parser.parse_args(argv))
-    if ns.pop("h") | ns.pop("help"):
-        raise Help(short_help(config, doc))
-    if ns.pop("help_all"):
-        raise Help(long_help(config, doc))
-    actions = dict(resume=ns.pop("resume"), plan=ns.pop("plan"))
+    short, full, plan, resume = map(ns.pop, ("help", "help_all", "plan", "resume"))
+    if short or full:
+        print(help_text(config, doc, full))
+        sys.exit()
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in ns.items() if v is not None}
-    given = by_algorithm(given)
-    on_gpu = pick_device(given.get("device", "auto")).type == "cuda"
-    which = given.get("preset", "auto")
-    which = ("gpu" if on_gpu else "cpu") if which == "auto" else which
+    if "algo" in given:                                     # the paper's names are spelled out
+        named = {name: dict(algo=name) for name in ALGORITHMS} | PAPER
+        name = given["algo"]
+        if name not in named:
+            raise InputError(f"no algorithm {name[:40]!r}{nearest(name, named)} (there are "
+                             f"{', '.join(named)})")
+        given = named[name] | given | dict(algo=named[name]["algo"])
+    device, which = pick_device(given.get("device", "auto")), given.get("preset", "auto")
+    which = which if which != "auto" else "gpu" if device.type == "cuda" else "cpu"
     kinds = ["gpu"] * (which == "gpu") + ["model"] * bool(given.get("model"))
     kinds += ["lora"] * bool(given.get("lora_rank") and given.get("model"))
     own = ALGORITHMS[given.get("algo", config.algo)].settings
-    return config(**{**preset(config, *kinds), **own, **given, "preset": which}), given, actions
-
-
-def by_algorithm(given):
-    """The paper's names of algorithms are spelled out."""
-    name = given.get("algo")
-    if name is None:
-        return given
-    if name not in {**ALGORITHMS, **PAPER}:
-        raise InputError(f"no algorithm {name[:40]!r}{nearest(name, {**ALGORITHMS, **PAPER})} (there are "
-                         f"{', '.join({**ALGORITHMS, **PAPER})})")
-    return {**PAPER.get(name, {}), **given, "algo": PAPER.get(name, dict(algo=name))["algo"]}
+    cfg = config(**preset(config, *kinds) | own | given | dict(preset=which))
+    return cfg, given, resume, plan
 
 
 def add_flag(parser, f):
-    m, kind = f.metadata, type(f.default)
+    m, kind, name = f.metadata, type(f.default), flag(f.name)
     if kind is bool:
-        parser.add_argument(flag(f.name), action="store_true", default=None)
-        parser.add_argument("--no-" + flag(f.name)[2:], dest=f.name, action="store_false", default=None)
+        parser.add_argument(name, action=argparse.BooleanOptionalAction)
     elif kind is str:
-        parser.add_argument(flag(f.name), choices=m["choices"])
+        parser.add_argument(name, choices=m["choices"])
     else:
-        one = float if kind is tuple else kind
-        parser.add_argument(flag(f.name), type=lambda s: number(one, m["low"], m["high"], s),
-                            nargs=2 if kind is tuple else None)
-
-
-def refuse_idle(cfg, given):
-    """A flag that has no effect beside the others is a mistake, and said to be one."""
-    for f in dataclasses.fields(cfg):
-        if f.name in given and f.metadata["when"]:
-            words, condition = f.metadata["when"]
-            if not condition(cfg):
-                raise InputError(f"{flag(f.name)} would have no effect: it counts {words}")
+        one = ranged(float if kind is tuple else kind, m["low"], m["high"])
+        parser.add_argument(name, type=one, nargs=2 if kind is tuple else None)
 
 
 def check(cfg, given=()):
-    """Complain, in one line, about settings that cannot work together, and flags without effect."""
-    for name in (cfg.rollout_format, cfg.train_format):
-        parse_format(name)
+    """Complain, in one line, about settings that cannot work together, and flags without effect: a
+    flag that has none beside the others is a mistake."""
+    formats = [parse_format(name) for name in (cfg.rollout_format, cfg.train_format)]
     check_correction(cfg)
-    refuse_idle(cfg, given)
-    if cfg.exact and parse_format(cfg.rollout_format) != parse_format(cfg.train_format):
+    for f in dataclasses.fields(cfg):
+        words, has_effect = f.metadata["when"] or ("", lambda cfg: True)
+        if f.name in given and not has_effect(cfg):
+            raise InputError(f"{flag(f.name)} would have no effect: it counts {words}")
+    if cfg.exact and formats[0] != formats[1]:
         raise InputError(f"--exact needs one format on both sides, not {cfg.rollout_format} and "
                          f"{cfg.train_format}")
     if cfg.prompts % cfg.updates_per_batch:
         raise InputError(f"--prompts {cfg.prompts} must be a multiple of --updates-per-batch "
                          f"{cfg.updates_per_batch}")
     if cfg.keep[0] > cfg.keep[1]:
-        raise InputError(f"--keep {cfg.keep[0]:g} {cfg.keep[1]:g}: the first is above the second, no "
-                         "problem can be kept")
+        raise InputError(f"--keep {plain(cfg.keep)}: the first is above the second, no problem can "
+                         "be kept")
     return cfg
 
 
 def check_correction(cfg):
     """--correction is one of ours, with ends that keep something, and counts nothing twice."""
-    name = cfg.correction.split(":")[0]
+    name, said = cfg.correction.split(":")[0], f"--correction {cfg.correction[:60]}"
     if cfg.correction == "none":
         return
     if name not in CORRECTIONS or name == "none":
-        raise InputError(f"no correction {cfg.correction[:40]!r}{nearest(name, CORRECTIONS)} (there are "
-                         f"{', '.join(CORRECTIONS)})")
+        raise InputError(f"no correction {cfg.correction[:40]!r}{nearest(name, CORRECTIONS)} "
+                         f"(there are {', '.join(CORRECTIONS)})")
     try:
-        _, _, low, high = parse_correction(cfg.correction)
+        low, high = parse_correction(cfg.correction)[2:]
     except ValueError:                                      # no numbers, or too many
-        raise InputError(f"--correction {cfg.correction[:60]}: after the name stands a cap, as in "
-                         "seq-mis:10, or a low and a high end, as in token-mis:0.5:5") from None
+        raise InputError(f"{said}: after the name stands a cap, as in seq-mis:10, or a low and a "
+                         "high end, as in token-mis:0.5:5") from None
     if not 0 <= low < high:
-        raise InputError(f"--correction {cfg.correction[:60]} keeps nothing: from {low:g} to {high:g}")
+        raise InputError(f"{said} keeps nothing: from {low:g} to {high:g}")
     if name != "geometric" and ALGORITHMS[cfg.algo].has_ratio and not decoupled(cfg):
-        raise InputError(f"--correction {cfg.correction}: the ratio of --algo {cfg.algo} against the "
-                         "rollout holds the mismatch already, and a weight would count it twice; add "
-                         "--old-policy recomputed")
-
-
-def refuse_settled(config, given):
-    """What was decided when a run began."""
-    for f in dataclasses.fields(config):
-        if f.name in given and not f.metadata["later"]:
-            raise InputError(f"{flag(f.name)} was settled when the run began and cannot change on --resume")
+        raise InputError(f"{said}: the ratio of --algo {cfg.algo} against the rollout holds the "
+                         "mismatch already, and a weight would count it twice; add --old-policy "
+                         "recomputed")
 
 
 def resumed(config, saved, given):
     """The settings of a resumed run: the saved ones with the given flags over them. Another
     algorithm comes with its own settings, and without those of the old one."""
-    refuse_settled(config, given)
-    cfg = dict(saved)
+    cfg, settings = dict(saved), dataclasses.fields(config)
+    for f in settings:
+        if f.name in given and not f.metadata["later"]:
+            raise InputError(f"{flag(f.name)} was settled when the run began and cannot change on "
+                             "--resume")
     if given.get("algo", cfg["algo"]) not in ALGORITHMS:
-        raise InputError(f"the run's --algo {cfg['algo']} is no longer in algorithms.py; name another one")
+        raise InputError(f"the run's --algo {cfg['algo']} is no longer in algorithms.py; name "
+                         "another one")
     if "algo" in given:
         own = {k for a in ALGORITHMS.values() for k in a.settings} | {"old_policy", "correction"}
-        cfg |= {f.name: f.default for f in dataclasses.fields(config) if f.name in own}
+        cfg |= {f.name: f.default for f in settings if f.name in own}
         cfg |= ALGORITHMS[given["algo"]].settings
     if "precision" in given:                         # for both sides, whatever was set apart before
         cfg["rollout_precision"] = ""
@@ -179,66 +158,58 @@ def resumed(config, saved, given):
 
 def changed(cfg):
     """The settings that make this another test than the preset's, by name."""
-    usual = type(cfg)(**{**preset(type(cfg), *["gpu"] * (cfg.preset == "gpu")), "preset": cfg.preset})
-    return [f.name for f in dataclasses.fields(cfg)
-            if not f.metadata["free"] and getattr(cfg, f.name) != getattr(usual, f.name)]
+    usual = preset(type(cfg), *["gpu"] * (cfg.preset == "gpu"))
+    return [f.name for f in dataclasses.fields(cfg) if not f.metadata["free"]
+            and getattr(cfg, f.name) != usual.get(f.name, f.default)]
 
 
 # --------------------------------------------------------------------------------------------------
 # Help
 
 
-def entry(f, full):
-    """A flag's lines in the help."""
-    m, default = f.metadata, f.default
-    value = {str: "", int: " N", float: " X", tuple: " LOW HIGH", bool: ""}[type(default)]
-    name = ("--no-" + flag(f.name)[2:] if default is True else flag(f.name)) + value
-    name += " " + ("|".join(m["choices"]) if m["choices"] else "TEXT") if isinstance(default, str) else ""
-    text = m["text"]
-    if full:
-        words = dict(gpu="on a GPU", model="with --model", lora="with --model and --lora-rank")
-        shown = default != "" and not isinstance(default, bool)
-        values = [f"default {plain(default)}"] if shown else []
-        values += [f"{words[k]} {plain(v)}" for k, v in m["presets"].items()]
-        text += f" ({'; '.join(values)})" if values else ""
-        text += f". Counts {m['when'][0]}" if m["when"] else ""
-    lines = textwrap.wrap(text, 68, break_on_hyphens=False)
-    if len(name) > 27:
-        return "\n".join([f"  {name}", *(" " * 30 + x for x in lines)])
-    return "\n".join([f"  {name:27} {lines[0]}", *(" " * 30 + x for x in lines[1:])])
-
-
 def plain(x):
-    if isinstance(x, bool):
-        return "on" if x else "off"
+    """A setting's value as one types it."""
     if isinstance(x, tuple):
         return " ".join(map(plain, x))
-    return "infinity" if x == math.inf else f"{x:g}" if isinstance(x, float) else str(x)
+    return ("off", "on")[x] if isinstance(x, bool) else f"{x:g}" if isinstance(x, float) else str(x)
 
 
-def short_help(config, doc):
-    """Three examples, then the flags that people use."""
+def entry(name, text):
+    return wrapped(text, f"  {name:27} ", " " * 30)
+
+
+def about(f, full):
+    """A setting's lines in the help. full: with its defaults, and when it counts."""
+    m, kind, off = f.metadata, type(f.default), f.default is True
+    takes = {int: "N", float: "X", tuple: "LOW HIGH", str: "|".join(m["choices"] or ["TEXT"])}
+    words = dict(gpu="on a GPU", model="with --model", lora="with --model and --lora-rank")
+    values = [f"{words[k]} {plain(v)}" for k, v in m["presets"].items()]
+    if f.default != "" and kind is not bool:
+        values = [f"default {plain(f.default)}", *values]
+    text = m["text"] + f" ({'; '.join(values)})" * bool(full and values)
+    text += f". Counts {m['when'][0]}" if full and m["when"] else ""
+    return entry(f"{flag('no_' * off + f.name)} {takes.get(kind, '')}", text)
+
+
+def help_text(config, doc, full):
+    """Three examples, then the flags that people use. full: then every setting by group, and what
+    each algorithm sets."""
+    settings = dataclasses.fields(config)
     examples = [x for x in doc.splitlines() if x.startswith("    python train_rl.py")][:3]
-    common = [entry(f, False) for f in dataclasses.fields(config) if f.metadata["common"]]
-    return "\n".join([doc.splitlines()[0], "", *examples, "", "The flags that people use:", *common,
-                      "  --resume DIR                go on, bit for bit, where a run stopped",
-                      "  --plan                      say what the run will need in memory, and run nothing",
-                      "  --help-all                  every setting, with its defaults"])
+    lines = [doc.splitlines()[0], "", *examples, "", "The flags that people use:",
+             *(about(f, False) for f in settings if f.metadata["common"]),
+             entry("--resume DIR", "go on, bit for bit, where a run stopped"),
+             entry("--plan", "say what the run will need in memory, and run nothing"),
+             entry("--help-all", "every setting, with its defaults")]
+    if not full:
+        return "\n".join(lines)
 
-
-def long_help(config, doc):
-    """Every setting by group, and what each algorithm sets."""
-    lines, group = [short_help(config, doc), "", "Every setting:"], None
-    for f in dataclasses.fields(config):
-        if f.metadata["group"] != group:
-            group = f.metadata["group"]
-            lines += ["", group]
-        lines.append(entry(f, True))
+    def sets(settings):
+        return " ".join(f"{flag(k)} {plain(v)}" for k, v in settings.items())
+    lines += ["", "Every setting:"]
+    for group, some in itertools.groupby(settings, lambda f: f.metadata["group"]):
+        lines += ["", group, *(about(f, True) for f in some)]
     lines += ["", "algorithms (--algo), and what they set unless a flag says otherwise"]
-    for name, a in ALGORITHMS.items():
-        sets = "".join(f" {flag(k)} {plain(v)}" for k, v in a.settings.items())
-        lines += [f"  {name:12} {x}" if i == 0 else " " * 15 + x
-                  for i, x in enumerate(textwrap.wrap(a.about + (f"; sets{sets}" if sets else ""), 82))]
-    for name, settings in PAPER.items():
-        lines.append(f"  {name:15}" + "".join(f" {flag(k)} {plain(v)}" for k, v in settings.items()))
-    return "\n".join(lines)
+    lines += [entry(name, a.about + ("; sets " + sets(a.settings) if a.settings else ""))
+              for name, a in ALGORITHMS.items()]
+    return "\n".join([*lines, *(entry(name, sets(settings)) for name, settings in PAPER.items())])

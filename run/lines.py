@@ -1,7 +1,8 @@
-"""run/lines.py: what a run prints. Its banner, a line a step, notes on what is off, the verdict."""
+"""run/lines.py: what a run prints. Its banner, a line a step, notes on what is off."""
 import math
 import re
 import textwrap
+import time
 
 import numpy as np
 import torch
@@ -11,8 +12,21 @@ def say(text):
     print(text, flush=True)
 
 
+def wrapped(text, first="", rest="  "):
+    """In lines of at most 100 columns. first, rest: what the first line begins with, and the
+    others."""
+    return textwrap.fill(text, 100, initial_indent=first, subsequent_indent=rest,
+                         break_on_hyphens=False)
+
+
 def clock(seconds):
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def to_go(begin, share):
+    """What took from the time `begin` until now is this share of all."""
+    spent = time.time() - begin
+    return f"{clock(spent)} spent, {clock(spent / share * (1 - share))} to go"
 
 
 def banner(rollout, train, scaler):
@@ -63,8 +77,7 @@ def step_line(m, steps, eta):
 
 def all_of(m):
     """Every metric of a step, by its name in metrics.jsonl, for --verbose."""
-    return textwrap.fill("  ".join(f"{k} {v:.3g}" for k, v in m.items()), 100, initial_indent=" " * 4,
-                         subsequent_indent=" " * 4, break_on_hyphens=False)
+    return wrapped("  ".join(f"{k} {v:.3g}" for k, v in m.items()), " " * 4, " " * 4)
 
 
 def mean(history, key):
@@ -118,36 +131,10 @@ def diagnose(history):
     return list(found.items())
 
 
-class Notes:
-    """Says what is off, each topic once in 25 steps."""
-
-    def __init__(self):
-        self.told = {}
-
-    def say(self, history):
-        for topic, sentence in diagnose(history):
-            step = history[-1]["step"]
-            if step - self.told.get(topic, -100) >= 25:
-                self.told[topic] = step
-                say(f"  note: {sentence}")
-
-
-def verdict(cfg, state, first, accuracy, learned, after, passed, mark):
-    """The last lines of a run. first: accuracy of step 1, before any update."""
-    each = f"{cfg.eval_tries} sampled answer{'s' * (cfg.eval_tries > 1)} each"
-    if state.before is not None:
-        say(f"held-out problems, never trained on, {each}: {state.before:.3f} right before, {after:.3f} "
-            "after")
-    say(f"the {len(state.problems)} training problems, {each}, temperature {cfg.temperature:g}: "
-        f"{accuracy:.3f} right")
-    if cfg.rollout_format != cfg.train_format:  # the deployment gap: pi has learned, mu is deployed
-        say(f"the same answered in {cfg.train_format}, as it was trained: {learned:.3f}")
-    if cfg.model:
-        say(f"no verdict: that is for the default job; the paper asks {mark:.3f} of a perfectible set "
-            "(--keep 0.2 0.8)")
-    elif passed is None:
-        say("no verdict: changed from the preset: "
-            + ", ".join("--" + c.replace("_", "-") for c in state.changed))
-    else:
-        say(f"{'PASS' if passed else 'FAIL'}: {cfg.task} with --digits {cfg.digits}, {first:.3f} right in step 1, "
-            f"{accuracy:.3f} now; the sanity test asks for {mark:.3f}")
+def notes(history, told):
+    """Says what is off, each topic once in 25 steps. told: topic -> the step in which it was."""
+    step = history[-1]["step"]
+    for topic, sentence in diagnose(history):
+        if step - told.get(topic, -25) >= 25:
+            told[topic] = step
+            say(f"  note: {sentence}")

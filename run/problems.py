@@ -1,9 +1,7 @@
 """run/problems.py: the problems of a run. A pool and held-out ones, the perfectible set of the
 pool, and the order in which they come."""
 import dataclasses
-import hashlib
 import json
-import os
 import time
 
 import numpy as np
@@ -12,8 +10,9 @@ from data import draw_problems, stream
 from data.tokenizer import Bytes
 from operators import numerics
 from precision import InputError, parse_format
-from run.base import code, find_base
-from run.lines import clock, say
+from run.base import base_key, cached, code
+from run.checkpoint import replacing
+from run.lines import say, to_go
 from sample import Sampler, solve
 
 POOL = 256              # problems, where a task draws its own without end and --pool 0 asks for all
@@ -25,35 +24,37 @@ def choose_problems(cfg, env):
     """-> (the pool to train on or to choose from, held-out problems), all that a run needs. Sets
     env.prompt_length for a model that reads, to the longest of them."""
     task, rng = env.task, stream(cfg.seed, 4)
-    count, file = (int(cfg.heldout), "") if cfg.heldout.isdecimal() else (HELDOUT, cfg.heldout)
     from_file = task.loads and env.reads or not task.draws      # else the task draws them
-    if from_file or cfg.data:
-        rows = task.load(cfg.data)
-        if from_file:
-            rows = [rows[i] for i in rng.permutation(len(rows))]
+    count = int(cfg.heldout) if cfg.heldout.isdecimal() else None
+    if from_file:
+        rows = shuffled(task.load(cfg.data), rng)
     else:
-        rows = draw_problems(task, cfg.pool or POOL, rng)
-    if file:
-        heldout = task.load(file)
-        heldout = [heldout[i] for i in stream(cfg.seed, 5).permutation(len(heldout))[:count]]
-    elif from_file:
-        if count >= len(rows):
-            raise InputError(f"{cfg.data or cfg.task} has {len(rows)} problems, no more than --heldout "
-                             f"{count} sets aside")
+        rows = task.load(cfg.data) if cfg.data else draw_problems(task, cfg.pool or POOL, rng)
+    rng = stream(cfg.seed, 5)
+    if count is None:
+        heldout = shuffled(task.load(cfg.heldout), rng)[:HELDOUT]
+    elif not from_file:
+        drawn = {p.prompt for p in rows}
+        heldout = draw_problems(task, count, rng, drawn) if count else []
+    elif count < len(rows):
         heldout, rows = rows[:count], rows[count:]
     else:
-        drawn = {p.prompt for p in rows}
-        heldout = draw_problems(task, count, stream(cfg.seed, 5), drawn) if count else []
+        raise InputError(f"{cfg.data or cfg.task} has {len(rows)} problems, no more than --heldout "
+                         f"{count} sets aside")
     pool = rows[:cfg.pool or None]
     if env.tokenizer is Bytes:
         for p in pool + heldout:
             for text, room in ((p.prompt, env.prompt_length), (p.answer, env.answer_length - 1)):
                 if len(text.encode()) > room:
-                    raise InputError(f"{text[:80]!r} does not fit: {cfg.task} with these settings has "
-                                     f"room for {room} tokens")
+                    raise InputError(f"{text[:80]!r} does not fit: {cfg.task} with these settings "
+                                     f"has room for {room} tokens")
     else:
         env.prompt_length = max(len(env.tokens(p)) for p in pool + heldout)
     return pool, heldout
+
+
+def shuffled(rows, rng):
+    return [rows[i] for i in rng.permutation(len(rows))]
 
 
 def perfectible(model, env, pool, cfg, nums):
@@ -61,7 +62,7 @@ def perfectible(model, env, pool, cfg, nums):
     80 % of 40).
 
     It answers in one format (cfg.base_precision), so that the set is a property of the base and the
-    same for every --precision. How often each problem was solved is kept beside the base. nums:
+    same for every --precision. How often each problem was solved is kept in the cache. nums:
     numerics that hold the model's weights already."""
     low, high = cfg.keep
     if low <= 0 and high >= 1:
@@ -72,50 +73,34 @@ def perfectible(model, env, pool, cfg, nums):
     say(f"perfectible set: kept {len(kept)} of {len(pool)} problems, those right in {low:.0%} to "
         f"{high:.0%} of {TRIES} tries (mean over the pool {np.mean(right) / TRIES:.3f})")
     if not kept:
-        raise InputError("no problem was kept: the base model solves all or none of them. Change --noise, "
-                         "--digits or --base-steps, or widen --keep")
+        raise InputError("no problem was kept: the base model solves all or none of them. Change "
+                         "--noise, --digits or --base-steps, or widen --keep")
     return kept
 
 
 def solved(model, env, pool, cfg, nums):
     """How many of TRIES answers to each problem were right, from the cache if this very question
     was asked of this very code."""
-    device = model.embedding.device
-    _, path, base = find_base(cfg, device, env)
-    key = json.dumps([base, code(cfg, "sample.py", "run/problems.py"), TRIES, cfg.temperature,
-                      cfg.rollout_rows, cfg.seed, env.answer_length, env.task.system,
-                      [dataclasses.astuple(p) for p in pool]])
-    path = path.with_name(f"solved-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json")
-    try:
-        right = json.loads(path.read_text(encoding="utf-8"))
-        if len(right) == len(pool):
-            return right
-    except (OSError, ValueError):
-        pass
-    fmt = parse_format(cfg.base_precision)
+    device, fmt = model.embedding.device, parse_format(cfg.base_precision)
+    path = cached("solved", [base_key(cfg, device, env), code(cfg, "sample.py", "run/problems.py"),
+                             TRIES, cfg.temperature, cfg.rollout_rows, cfg.seed, env.answer_length,
+                             env.task.system, [dataclasses.astuple(p) for p in pool]])
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
     num = next((n for n in nums if cfg.model and n.fmt == fmt), None)
     model.use(num or numerics(fmt, device, cfg.fast).hold(model.parameters()))
     sampler = Sampler(model, env.tokenizer.stop, env.tokenizer.pad, cfg.fast)
+    begin, quarters = time.time(), [0]
+
+    def progress(share):
+        if int(4 * share) > quarters[-1]:
+            quarters.append(int(4 * share))
+            say(f"  choosing {share:4.0%}  {to_go(begin, share)}")
     right = solve(sampler, env, pool, TRIES, (cfg.seed, 2), temperature=cfg.temperature,
-                  rows=cfg.rollout_rows, progress=Progress())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(right), encoding="utf-8")
-    os.replace(partial, path)
+                  rows=cfg.rollout_rows, progress=progress)
+    with replacing(path) as f:
+        f.write(json.dumps(right).encode())
     return right
-
-
-class Progress:
-    """A line for each quarter of the way."""
-
-    def __init__(self):
-        self.begin, self.shown = time.time(), 0
-
-    def __call__(self, share):
-        if share >= self.shown + 0.25:
-            self.shown, spent = share, time.time() - self.begin
-            say(f"  choosing {share:4.0%}  {clock(spent)} spent, "
-                f"{clock(spent / share * (1 - share))} to go")
 
 
 def problems_of_step(problems, drawn, cfg):

@@ -45,8 +45,8 @@ def bug(name, file, old, new, seen, *tests):
 # Problems and rewards
 
 bug("held-out problems in the pool", "run/problems.py",
-    "stream(cfg.seed, 5), drawn) if count",
-    "stream(cfg.seed, 5)) if count",
+    "draw_problems(task, count, rng, drawn)",
+    "draw_problems(task, count, rng)",
     "Held-out accuracy is partly training accuracy: memorising looks like learning.",
     "test_train.py::test_no_held_out_problem_is_in_the_pool")
 
@@ -111,7 +111,7 @@ bug("the demonstrator's stop token is masked", "run/base.py",
     "test_train.py::test_demonstrations_are_trained_from_their_first_token_to_the_stop_token")
 
 bug("the base's cache does not know the code", "run/base.py",
-    'code=code(cfg, "run/base.py"),',
+    'code=code(cfg, "run/base.py", "run/checkpoint.py"),',
     'code="",',
     "After an edit of the model the old base comes from the cache, as if nothing had changed.",
     "test_train.py::test_other_code_is_another_base")
@@ -740,8 +740,8 @@ bug("the noise starts again", "train_rl.py",
     "test_loop.py::test_a_resumed_run_is_the_whole_run")
 
 bug("the problems start again", "run/folder.py",
-    "        state.problems = [Problem(*p) for p in state.problems]\n",
-    "        state.problems, state.drawn = [Problem(*p) for p in state.problems], 0\n",
+    "    state.problems = [Problem(*p) for p in state.problems]\n",
+    "    state.problems, state.drawn = [Problem(*p) for p in state.problems], 0\n",
     "A resumed run asks the first problems of the epoch again, and the last ones later or never.",
     "test_loop.py::test_a_resumed_run_is_the_whole_run")
 
@@ -752,7 +752,7 @@ bug("the reference starts again", "run/base.py",
     "test_loop.py::test_a_resumed_run_is_the_whole_run")
 
 bug("a resumed run keeps lines of steps it does again", "run/folder.py",
-    "        self.rewind(state.step)\n",
+    "        self.rewind(step)\n",
     "",
     "The curves double back: some steps stand in the log twice, with different numbers.",
     "test_loop.py::test_a_resumed_run_is_the_whole_run")

@@ -180,3 +180,38 @@ def test_a_resumed_run_is_the_whole_run(run, tmp_path):
     assert all(torch.equal(a["model"][n], b["model"][n]) for n in a["model"])
     a, b = a["optimizer"]["state"], b["optimizer"]["state"]
     assert all(torch.equal(a[i][k], b[i][k]) for i in a for k in a[i])
+
+
+def test_what_an_edit_draws_is_the_same_after_a_resume(run, monkeypatch):
+    """Nothing here draws from torch's own generator. What you add may, dropout for instance: it is
+    a function of the step, and a resumed run goes on bit for bit."""
+    drawn, act = [], train_rl.act
+
+    def drawing(*args):
+        drawn.append(float(torch.rand(1)))
+        return act(*args)
+    monkeypatch.setattr(train_rl, "act", drawing)
+    run("whole")
+    run("parts", "--steps", "2")
+    run("parts", "--steps", "4", resume=True)
+    assert drawn[4:] == drawn[:4] and len(set(drawn)) == 4
+
+
+def test_a_run_that_is_done_says_so(run, capsys):
+    run("done", "--steps", "2")
+    assert "training on 24 problems" in capsys.readouterr().out
+    run("done", resume=True)
+    said = capsys.readouterr().out
+    assert "\nall 2 steps are done; to go on: --resume done --steps 4\n" in said
+    assert "training on" not in said and "no verdict" in said
+
+
+def test_choosing_is_shown_to_its_end_in_lines_that_fit(run, capsys):
+    """24 problems, 7 at a time: 29 %, 58 %, 88 %, 100 %."""
+    run("choosing", "--keep", "0.01", "0.99", "--rollout-rows", "112", "--steps", "1")
+    said = capsys.readouterr().out
+    shares = [line.split()[1] for line in said.splitlines() if line.startswith("  choosing ")]
+    assert shares == ["29%", "58%", "88%", "100%"]
+    for begin in ("preset cpu: ", "no verdict: "):
+        paragraph = said[said.index(begin):].splitlines()
+        assert paragraph[1].startswith("  ") and max(map(len, paragraph[:2])) <= 100

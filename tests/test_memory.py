@@ -10,7 +10,7 @@ from model import GPT
 from precision import InputError
 from run import memory
 from run.base import gpt_config, load_task
-from run.memory import adapter_params, count, needs, plan, saved_per_token
+from run.memory import needs, params, plan, saved_per_token
 from run.problems import choose_problems
 from train_rl import Config
 
@@ -55,8 +55,8 @@ def test_activations_stay_below_the_plan(variant, fmt, device):
 def test_parameters_are_counted_right(variant):
     model = tiny(**SHAPES[variant])
     dense = sum(p.numel() for p in model.parameters())
-    assert count(model.cfg) == dense
-    assert adapter_params(model.cfg, 5) == model.adapt(5).n_params() - dense > 0
+    assert params(model.cfg) == (dense, 0)
+    assert params(model.cfg, 5) == (dense, model.adapt(5).n_params() - dense) and params(model.cfg, 5)[1] > 0
 
 
 def total(cfg):
