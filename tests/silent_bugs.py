@@ -701,6 +701,29 @@ bug("training keeps its first weights", "train_rl.py",
     "test_loop.py::test_both_sides_compute_with_the_newest_weights[two formats]")
 
 # --------------------------------------------------------------------------------------------------
+# A GPU's graphs
+
+bug("the rounded weights move", "precision.py",
+    "                r.copy_(self.round(p))",
+    "                self._rounded[p] = self.round(p)",
+    "A CUDA graph goes on with the weights that it was recorded with: the rollout does not learn, "
+    "and the gap grows with every step.",
+    "test_gpu.py::test_a_replayed_step_is_the_step[native-fp16-plain]")
+
+bug("recording a step counts as a step", "operators/graph.py",
+    "for t in (self.token, self.position)]",
+    "for t in (self.token,)]",
+    "On a GPU, each time a graph is recorded two positions are left out. The gap is large, and the "
+    "answers look almost right.",
+    "test_gpu.py::test_a_replayed_step_is_the_step[native-fp16-plain]")
+
+bug("a graph's cache keeps old numbers", "operators/graph.py",
+    "        self.cache.k.zero_(), self.cache.v.zero_()     # masked slots weigh 0, and 0 times inf is NaN\n",
+    "",
+    "After one overflow, all later rollouts on a GPU are NaN.",
+    "test_gpu.py::test_what_an_overflow_left_in_the_cache_is_gone[cpu]")
+
+# --------------------------------------------------------------------------------------------------
 # What is measured, and what a resumed run remembers
 
 bug("accuracy on chosen groups", "train_rl.py",
