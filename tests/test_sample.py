@@ -79,6 +79,8 @@ def test_draw_never_takes_a_token_of_probability_zero(logits, u):
     logits[::2] = -math.inf                                              # half of them impossible, the first one too
     if len(logits) % 2:
         logits = torch.cat((logits, torch.tensor([-math.inf])))                                # ... and the last one
+    far = torch.full((len(logits), 31), -math.inf)                            # and the others pieces of 128 apart
+    logits = torch.cat((logits, torch.cat((logits[:, None], far), 1).flatten()))
     for num in (Numerics("fp32"), operators.numerics("fp32")):
         token, _ = num.draw(logits[None].clone(), torch.tensor([u], dtype=torch.float64))
         assert logits.log_softmax(-1).exp()[token] > 0
