@@ -79,8 +79,7 @@ def parse_format(text):
                          f"(use {', '.join(FORMATS)} or eXmY such as e5m7)")
     exp, man = int(m[1]), int(m[2])
     if not (2 <= exp <= 8 and 1 <= man <= 23):
-        raise InputError(f"number format {text!r} makes no sense: eXmY needs 2 to 8 exponent bits "
-                         "and 1 to 23 mantissa bits")
+        raise InputError(f"number format {text!r} makes no sense: e2m1 to e8m23 are known")
     known = {(f.exp, f.man): f for f in FORMATS.values()}
     return known.get((exp, man), Format(name, exp, man))
 
@@ -171,8 +170,7 @@ class Numerics:
 
     @torch.no_grad()
     def refresh(self):
-        """Round the trained masters again, once per update. In place: a CUDA graph reads
-        addresses."""
+        """Round the trained masters again, once per update. In place: graphs read addresses."""
         for p, r in self._rounded.items():
             if p.requires_grad and r.data_ptr() != p.data_ptr():
                 r.copy_(self.round(p))
@@ -203,10 +201,8 @@ class Numerics:
 
     def mix(self, xs, weights):
         """xs (N, K, C), weights (N, K) FP32 -> sum over k of weights * xs, (N, C), in order."""
-        xs, total = self.up(xs), 0
-        for k in range(xs.shape[1]):
-            total = total + xs[:, k] * weights[:, k, None]
-        return self.down(total)
+        xs = self.up(xs)
+        return self.down(sum(xs[:, k] * weights[:, k, None] for k in range(xs.shape[1])))
 
     def rms_norm(self, x, w, eps):
         """x / sqrt(mean(x²) + eps) * w over the last dimension (Zhang & Sennrich 2019)."""
@@ -255,8 +251,7 @@ class Numerics:
         return mm32(h, self.weight(w).t())
 
     def router_logits(self, x, w):
-        """x (N, C), w (E, C) FP32 -> x wᵀ (N, E) in FP32: a coarse router sends tokens
-        elsewhere."""
+        """x (N, C), w (E, C) FP32 -> x wᵀ (N, E) FP32: rounding would send tokens elsewhere."""
         return _Product.apply(self.up(x), w, None, self)
 
     def draw(self, logits, u, temperature=1.0):
@@ -264,17 +259,21 @@ class Numerics:
         may be overwritten; u (R,) FP64 in [0, 1) -> token (R,) int64 and its FP32 log-prob under
         softmax(logits / temperature) (R,): the log-prob that the rollout records.
 
-        Sums run in FP64: in FP32, a sixth of a vocabulary of 150,000 could never be drawn. And
-        u * total < total for every u below 1, so the token found has a probability above 0."""
+        Sums run in FP64: in FP32, a sixth of a vocabulary of 150,000 could never be drawn. First a
+        piece of it is drawn, then a token in the piece. Its probability is always above 0."""
         logp = self.log_softmax(logits, temperature)
-        cdf = logp.exp().double().cumsum(-1)
-        token = (cdf <= u[:, None] * cdf[:, -1:]).sum(-1)
+        p = F.pad(logp.exp(), (0, -logp.shape[-1] % 128)).unflatten(-1, (-1, 128))
+        pieces = p.sum(-1, dtype=torch.float64).cumsum(-1)                          # (R, V / 128)
+        goal = u[:, None] * pieces[:, -1:]
+        piece = (pieces <= goal).sum(-1, keepdim=True)
+        cdf = p[torch.arange(len(p), device=p.device), piece[:, 0]].double().cumsum(-1)  # (R, 128)
+        rest = (goal - pieces.gather(1, piece) + cdf[:, -1:]).clamp(min=0)
+        token = ((cdf <= rest) & (cdf < cdf[:, -1:])).sum(-1) + 128 * piece[:, 0]
         return token, logp.gather(1, token[:, None])[:, 0]
 
     def likeliest(self, logits):
         """logits (R, V) FP32 -> the likeliest token (R,) int64, and its FP32 log-prob (R,)."""
-        logp, token = self.log_softmax(logits).max(-1)
-        return token, logp
+        return self.log_softmax(logits).max(-1)[::-1]
 
     def token_logprobs(self, h, w, targets, rows=None, temperature=1.0, chunk_bytes=64 << 20):
         """log softmax(h wᵀ / temperature) at `targets`, and the entropy of each distribution, nats.
@@ -307,8 +306,8 @@ class Numerics:
         if dlogp is not None:
             d = (p * -dlogp[:, None]).scatter_add_(1, targets[:, None], dlogp[:, None])
         if dentropy is not None:
-            minus_plogp = torch.special.entr(p)                 # 0 where p is 0
-            d += (minus_plogp - p * minus_plogp.sum(-1, keepdim=True)) * dentropy[:, None]
+            e = torch.special.entr(p)                           # -p log p, and 0 where p is 0
+            d += (e - p * e.sum(-1, keepdim=True)) * dentropy[:, None]
         return self.round(d)
 
 

@@ -32,6 +32,9 @@ def pick_device(name="auto"):
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_tf32 = False             # FP32 means FP32
+        # cuDNN's attention is refused inside `reproducible` and preferred outside. A forward pass
+        # that is done again there, for --recompute, would be another kernel's.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 

@@ -26,6 +26,7 @@ class GraphStep:
     slots for good."""
 
     capture = True
+    side = None              # one stream for all recordings: cuBLAS keeps 32 MiB for each it has seen
 
     def __init__(self, model, choose, rows, width):
         self.model, self.choose = model, choose
@@ -40,6 +41,7 @@ class GraphStep:
     def start(self, cache, index, lengths):
         """Row i continues row index[i] of a prefilled cache, after its first lengths[i] tokens."""
         n = cache.k.shape[3]
+        self.cache.k.zero_(), self.cache.v.zero_()     # masked slots weigh 0, and 0 times inf is NaN
         for mine, theirs in ((self.cache.k, cache.k), (self.cache.v, cache.v)):
             mine[:, :len(index), :, :n] = theirs[:, index]
         self.position[:len(index)] = lengths
@@ -80,7 +82,7 @@ class GraphStep:
         def restore():                # a step done twice at one position writes the same keys twice
             for t, value in state:
                 t.copy_(value)
-        side = torch.cuda.Stream()
+        side = GraphStep.side = GraphStep.side or torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):             # libraries set themselves up on their first calls
             for _ in range(2):
@@ -89,6 +91,6 @@ class GraphStep:
         torch.cuda.current_stream().wait_stream(side)
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):         # recorded, not run
+        with torch.cuda.graph(graph, pool=self.pool, stream=side):         # recorded, not run
             self._step(rows, end)
         return graph

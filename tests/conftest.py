@@ -9,10 +9,12 @@ import torch  # noqa: E402
 import operators  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from operators.device import pick_device  # noqa: E402
+from operators.exact import ExactNumerics  # noqa: E402
+from precision import Numerics  # noqa: E402
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ or os.environ.get("OMP_NUM_THREADS") == "1" else 2)
 COMPILED = not operators.why_plain("cpu")
-DEVICES = ["cpu", "exact"] + ["compiled"] * COMPILED + ["cuda"] * torch.cuda.is_available()
+DEVICES = ["cpu", "exact", "native"] + ["compiled"] * COMPILED + ["cuda"] * torch.cuda.is_available()
 _kind = ["cpu"]
 
 # Files that take longest. They begin first, and the others fill what is left of the two processes.
@@ -36,15 +38,51 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(params=DEVICES)
 def device(request):
-    """Every test that takes it runs on the CPU with the plain operators, with the exact ones, with
-    the compiled ones, and on a GPU if there is one."""
+    """Every test that takes it runs on the CPU with the plain operators, with the exact ones, in
+    half precision through the branches that a GPU takes, with the compiled ones, and on a GPU if
+    there is one."""
     _kind[0] = request.param
     yield pick_device("cuda" if request.param == "cuda" else "cpu")
     _kind[0] = "cpu"
 
 
+def kind():
+    """The device fixture's parameter: what the test at hand runs on."""
+    return _kind[0]
+
+
+def fused():
+    """Whether attention runs in half precision, and so rounds scores or probabilities as well: the
+    bounds of log-probs are wider there."""
+    return kind() in ("native", "cuda")
+
+
+class Native(Numerics):
+    """What a GPU runs, on a CPU: tensors in half precision, products, attention and casts of torch in
+    that dtype. Slow, and a CPU's sums are not a GPU's; but every branch that asks for `half` or a
+    dtype is the GPU's."""
+    operators = "native"
+
+    def __init__(self, fmt, device="cpu"):
+        super().__init__(fmt, device)
+        self.dtype = self.fmt.native or torch.float32
+        self.half = self.dtype != torch.float32
+        self.emulated = self.fmt.native is None
+
+
+class NativeExact(Native, ExactNumerics):
+    """The same of exact mode."""
+
+
+# torch has this product, half in and FP32 out, for CUDA alone
+PRODUCT = torch.library.Library("aten", "IMPL")
+PRODUCT.impl("mm.dtype", lambda a, b, out_dtype: (a.float() @ b.float()).to(out_dtype), "CPU")
+
+
 def numerics(fmt, device="cpu"):
     """Numerics with the operators that the test is about: what the `device` fixture says."""
+    if _kind[0] == "native":
+        return Native(fmt, device)
     return operators.numerics(fmt, device, fast=_kind[0] == "compiled", exact=_kind[0] == "exact")
 
 

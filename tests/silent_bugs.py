@@ -245,8 +245,8 @@ bug("raw log-probs are recorded", "precision.py",
     "test_sample.py::test_draw_hits_every_token_as_often_as_its_probability_says[cpu]")
 
 bug("rare tokens cannot be drawn", "precision.py",
-    "cdf = logp.exp().double().cumsum(-1)",
-    "cdf = logp.exp().cumsum(-1)",
+    "piece[:, 0]].double().cumsum(-1)",
+    "piece[:, 0]].cumsum(-1)",
     "In a large vocabulary many rare tokens are never sampled. Nothing shows it.",
     "test_sample.py::test_what_cannot_be_drawn[plain]")
 
@@ -699,6 +699,27 @@ bug("training keeps its first weights", "train_rl.py",
     "for num in {acting}:\n                    num.refresh()",
     "With one format all is well. With two accuracy climbs, then collapses, and the gap grows.",
     "test_loop.py::test_both_sides_compute_with_the_newest_weights[two formats]")
+
+# --------------------------------------------------------------------------------------------------
+# A GPU's graphs
+
+bug("the rounded weights move", "precision.py",
+    "                r.copy_(self.round(p))",
+    "                self._rounded[p] = self.round(p)",
+    "A CUDA graph goes on with the weights of its recording: the gap grows with every step.",
+    "test_gpu.py::test_a_replayed_step_is_the_step[native-fp16-plain]")
+
+bug("recording a step counts as a step", "operators/graph.py",
+    "for t in (self.token, self.position)]",
+    "for t in (self.token,)]",
+    "On a GPU, each recording leaves out two positions. The answers look almost right.",
+    "test_gpu.py::test_a_replayed_step_is_the_step[native-fp16-plain]")
+
+bug("a graph's cache keeps old numbers", "operators/graph.py",
+    "        self.cache.k.zero_(), self.cache.v.zero_()     # masked slots weigh 0, and 0 times inf is NaN\n",
+    "",
+    "After one overflow, all later rollouts on a GPU are NaN.",
+    "test_gpu.py::test_what_an_overflow_left_in_the_cache_is_gone[cpu]")
 
 # --------------------------------------------------------------------------------------------------
 # What is measured, and what a resumed run remembers

@@ -11,6 +11,7 @@ from precision import InputError
 @pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0", "cuda:1"])
 def test_a_cuda_device_has_an_index(name, monkeypatch):
     """torch.cuda.set_device refuses torch.device("cuda"): the plain command stopped on every GPU."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -20,6 +21,7 @@ def test_a_cuda_device_has_an_index(name, monkeypatch):
     device = pick_device(name)
     assert device.type == "cuda" and [device.index] == chosen == [1 if name == "cuda:1" else 0]
     assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
+    assert not torch.backends.cuda.cudnn_sdp_enabled()              # one backend in and out of deterministic mode
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "tpu", "mps", "gpu0", "x" * 500])

@@ -3,7 +3,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import VARIANTS, tiny
+from conftest import VARIANTS, kind, tiny
 
 import train_rl
 from model import GPT
@@ -38,6 +38,8 @@ def kept(model, tokens):
 @pytest.mark.parametrize("fmt", ["fp32", "fp16"])
 def test_activations_stay_below_the_plan(variant, fmt, device):
     """The bound holds what one layer more makes autograd hold for the way back, and not much more."""
+    if kind() == "native" and fmt == "fp16":
+        pytest.skip("a CPU's attention in half precision keeps what a GPU's does not")
     B, T, rank, held = 6, 31, 8 if variant == "lora" else 0, []
     for layers in (2, 3):
         model = tiny(device, fmt, **{**dict(head_dim=32), **SHAPES[variant]}, width=96, mlp_width=200, n_layers=layers)

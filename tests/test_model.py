@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import VARIANTS, tiny
+from conftest import VARIANTS, fused, tiny
 from oracle import gpt_logits
 
 from model import GPTConfig, KVCache
@@ -52,7 +52,7 @@ def test_cached_is_uncached(fmt, pieces, head_dim, device):
         cache = KVCache(model.cfg, 5, 20, model.num)
         parts = [model(part, cache) for part in tokens.split(pieces, 1)]
         gap = (logprobs(model, torch.cat(parts, 1)) - full).abs()
-    assert gap.mean() < HEADS[head_dim][fmt], gap.mean()
+    assert gap.mean() < HEADS[head_dim][fmt] * (4 if fused() else 1), gap.mean()
     assert cache.length == 20 and cache.k.dtype == model.num.dtype
 
 
