@@ -96,7 +96,7 @@ class Config:
     n_experts: int = base_(0, "experts in the MLP's place, of which a token goes to 2", 0, 1024,
                            when=flags.SCRATCHED)
     base_steps: int = base_(400, "imitation steps", 1, 10 ** 6, gpu=2000, when=flags.SCRATCHED)
-    base_batch: int = base_(32, "demonstrations a step", 1, 10 ** 5, gpu=256, when=flags.SCRATCHED)
+    base_batch: int = base_(32, "demonstrations a step", 1, 10 ** 5, gpu=128, when=flags.SCRATCHED)
     base_lr: float = base_(2e-3, "its peak learning rate", 0.0, 1.0, gpu=1e-3, when=flags.SCRATCHED)
 
     steps: int = rl_(80, "RL steps", 1, 10 ** 7, model=200, **later, **common)
@@ -132,9 +132,9 @@ class Config:
                        **both, **common)
     init_scale: float = num_(2.0 ** 16, "first loss scale", 1, 2.0 ** 40, when=flags.SCALED, **free)
 
-    micro_batch: int = size_(128, "answers per forward and backward pass", 1, 10 ** 5, gpu=512,
+    micro_batch: int = size_(128, "answers per forward and backward pass", 1, 10 ** 5, gpu=64,
                              model=16, **both)
-    rollout_rows: int = size_(512, "answers decoded at once", 1, 10 ** 6, gpu=4096, model=256,
+    rollout_rows: int = size_(512, "answers decoded at once", 1, 10 ** 6, gpu=1024, model=256,
                               **both)
     fast: bool = size_(True, "plain operators, to read and to compare: no compiled code, no graphs",
                        **both)

@@ -68,6 +68,7 @@ def base_key(cfg, device, env):
     return key | dict(
         task=cfg.task, digits=cfg.digits, noise=cfg.noise, gpt=vars(gpt_config(cfg, env)),
         seed=cfg.seed, steps=cfg.base_steps, batch=cfg.base_batch, lr=cfg.base_lr,
+        micro=min(cfg.micro_batch, cfg.base_batch),
         code=code(cfg, "run/base.py", "run/checkpoint.py"),
         compiled=not plain and fingerprint("operators/block.c"))
 
@@ -138,10 +139,12 @@ def train_base(model, env, cfg):
             group["lr"] = cfg.base_lr * min((step + 1) / warmup, 1 - step / cfg.base_steps)
         tokens, answer = demonstrations(env.task, cfg.base_batch, stream(cfg.seed, 1, step))
         tokens, answer = tokens[:, :room].to(device), answer[:, :room].to(device)
-        logp, _ = model.token_logprobs(tokens, answer)
-        loss = -logp.mean()
-        with reproducible(device):
-            scaler.scale(loss).backward()
+        loss = 0.0
+        for part, where in zip(tokens.split(cfg.micro_batch), answer.split(cfg.micro_batch)):
+            share = -model.token_logprobs(part, where)[0].sum() / answer.sum()
+            with reproducible(device):
+                scaler.scale(share).backward()
+            loss += share.detach()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)

@@ -33,6 +33,8 @@ def banner(rollout, train, scaler):
     """What is computed in which format, on what, and why: three lines."""
     if train.device.type == "cuda":
         where = torch.cuda.get_device_name(train.device)
+        if torch.cuda.get_device_capability(train.device)[0] == 7:                      # such as a T4
+            where += " (tensor cores for FP16, none for BF16)"
     else:
         n = torch.get_num_threads()
         where = f"CPU, {n} thread{'s' * (n > 1)}, {train.operators} operators"

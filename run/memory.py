@@ -46,7 +46,7 @@ def most_rows(cfg):
 def largest_batch(cfg):
     """Sequences that go forward and back at once, at most: a micro-batch, or a batch of
     demonstrations."""
-    return max(min(cfg.micro_batch, cfg.prompts * cfg.group), 0 if cfg.model else cfg.base_batch)
+    return min(cfg.micro_batch, max(cfg.prompts * cfg.group, 0 if cfg.model else cfg.base_batch))
 
 
 def params(gpt, rank=0):

@@ -9,9 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train_rl
-from model import KVCache
+from model import GPT, KVCache
 from operators.graph import GraphStep
+from precision import Numerics, make_scaler
+from run.base import gpt_config, load_task, train_base
+from run.lines import banner
 from sample import Sampler
+from train_rl import parse_config
 
 PROMPTS = [[1, 2, 3], [4] * 9, [5, 6], [7, 8, 9, 10, 11]]
 # a capture refuses what the host must wait for: a number, a shape that depends on numbers
@@ -223,3 +227,52 @@ def test_other_jobs_run_in_half_precision(flags, monkeypatch, cache, tmp_path):
     gaps = [s["logp_gap_max"] for s in steps]
     assert len(gaps) == 2 and max(gaps) < 0.3 and (max(gaps) == 0) == ("--exact" in flags), gaps
     assert all(s["grad_norm"] > 0 for s in steps)
+
+
+# --- the command line on a machine that says it has a GPU
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """card(GiB, capability): torch says that there is one GPU of this kind."""
+    def there(gib, capability):
+        free = (gib << 30) - (500 << 20)
+        for name, what in dict(
+                is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0,
+                set_device=lambda d: torch.cuda._utils._get_device_index(d), mem_get_info=lambda d=None: (free, gib << 30),
+                get_device_name=lambda d=None: "Some GPU", get_device_capability=lambda d=None: capability).items():
+            monkeypatch.setattr(torch.cuda, name, what)
+    return there
+
+
+@pytest.mark.parametrize("gib, flags, code", [(10, "", 0), (16, "", 0), (16, "--exact --precision fp32", 0),
+                                              (16, "--micro-batch 512", 1), (80, "--micro-batch 512", 0)])
+def test_the_default_job_fits_a_small_card(gib, flags, code, card, capsys):
+    card(gib, (9, 0))
+    assert train_rl.main(["--plan", *flags.split()]) == code
+    said = capsys.readouterr().out
+    assert "25.44 M parameters" in said and "on cuda:0" in said                        # the GPU's preset, of itself
+    assert ("it fits" in said) == (code == 0) and ("--micro-batch 128 fits" in said) == (code == 1), said
+
+
+@pytest.mark.parametrize("capability, fmt, said", [
+    ((9, 0), "fp16", "Some GPU: tensor cores, 16-bit reductions off: sums in FP32"),
+    ((9, 0), "e5m7", "Some GPU: products in FP32, results rounded (not a format of the GPU)"),
+    ((7, 5), "fp16", "Some GPU (tensor cores for FP16, none for BF16): tensor cores")])
+def test_the_banner_names_the_card(capability, fmt, said, card):
+    card(16, capability)
+    num = Numerics(fmt, "cuda:0")
+    assert banner(num, num, make_scaler(num)).startswith(said)
+
+
+def test_a_base_model_learns_from_micro_batches(monkeypatch):
+    """The base's batch goes forward and back in pieces that fit, and its gradient is the whole one."""
+    gradients = []
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
+                        lambda parameters, most: gradients.append([p.grad.clone() for p in parameters]))
+    for micro in ("32", "5"):
+        cfg = parse_config([*JOB, "1", "--base-steps", "1", "--base-batch", "32", "--micro-batch", micro])[0]
+        env = load_task(cfg)
+        train_base(GPT(gpt_config(cfg, env), "cpu", 0), env, cfg)
+    for whole, parts in zip(*gradients):
+        assert (whole - parts).abs().max() <= 1e-5 * whole.abs().max()
