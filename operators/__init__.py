@@ -2,6 +2,7 @@
 
     exact.py               rollout and training agree bit for bit
     compiled.py, block.c   a whole block in one call, for a CPU with a C compiler
+    fused.py               norm, SwiGLU, rotation and sum as one kernel each, for a GPU
     graph.py               a decoding step as a CUDA graph
     device.py              the device, set up so that nothing is rounded elsewhere
 
@@ -23,17 +24,22 @@ CACHE = pathlib.Path(os.environ.get("TENBIT_CACHE")
 def why_plain(device, fast=True):
     """Why the plain operators are used in place of compiled ones; nothing where compiled ones
     are."""
-    if not fast or torch.device(device).type != "cpu":
+    if not fast:
         return "not asked for"
-    from operators import compiled
-    return compiled.library(CACHE)[1] or compiled.why_plain()
+    from operators import compiled, fused
+    if torch.device(device).type == "cpu":
+        return compiled.library(CACHE)[1] or compiled.why_plain()
+    return fused.why_plain(device)
 
 
 def numerics(fmt, device="cpu", fast=True, exact=False):
     """Numerics of this format on this device, with compiled operators where there are some. exact:
     rollout and training agree bit for bit."""
-    if why_plain(device, fast):
-        return (ExactNumerics if exact else Numerics)(fmt, device)
-    from operators import compiled
+    num = (ExactNumerics if exact else Numerics)(fmt, device)
+    if num.device.type != "cpu" and (exact or not num.half) or why_plain(device, fast):
+        return num
+    from operators import compiled, fused
+    if num.half:
+        return fused.Fused(fmt, device)
     kind = compiled.CompiledExact if exact else compiled.Compiled
     return kind(fmt, compiled.library(CACHE)[0])

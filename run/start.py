@@ -31,7 +31,8 @@ def prepare(cfg, given, saved, learn):
     asked += [f"{k} {flags.plain(v)}" for k, v in given.items() if k not in ("preset", "out")]
     say(wrapped(f"preset {cfg.preset}: " + " | ".join(asked)))
     say(banner(acting, learning, make_scaler(learning, cfg.init_scale)))
-    if cfg.fast and device.type == "cpu" and why_plain(device):
+    slow = device.type == "cpu" or learning.half and not cfg.exact
+    if cfg.fast and slow and why_plain(device):
         say(f"note: plain operators, slower than the compiled ones: {why_plain(device)}")
     if cfg.exact and "precision.py" in edited():
         say("note: precision.py was edited. --exact has products, norms, SwiGLU, attention and "

@@ -384,7 +384,7 @@ def test_a_fingerprint_is_of_the_code_and_not_of_its_looks(tmp_path):
 def test_without_a_reason_the_compiled_operators_are_used():
     assert operators.why_plain("cpu") == "" and type(operators.numerics("fp16")) is Compiled
     assert type(operators.numerics("fp16", exact=True)) is code.CompiledExact
-    for device, fast in (("cpu", False), ("cuda", True)):
+    for device, fast in (("cpu", False), ("cuda", False)):
         assert operators.why_plain(device, fast) == "not asked for"
     assert type(operators.numerics("fp16", fast=False)) is Numerics
     assert type(operators.numerics("fp16", fast=False, exact=True)) is ExactNumerics
@@ -570,4 +570,4 @@ def test_a_graph_sees_new_weights(device, monkeypatch):
 
 def test_numerics_fixture_is_what_it_says(device, request):
     kind = request.node.callspec.params["device"]
-    assert numerics("fp16", device).operators == dict(compiled="compiled", exact="exact").get(kind, "plain")
+    assert numerics("fp16", device).operators == dict(cpu="plain", cuda="fused").get(kind, kind)
