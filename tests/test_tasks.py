@@ -251,11 +251,10 @@ def test_a_reward_may_hang_raise_die_and_print(tmp_path):
     task, said = load_own(str(tmp_path / "t.py")), []
     one, _ = task.load()
     texts = ["1", "hang", "2", "raise", "die", "1", "spin", "exit", "nan", "text", "print", "1", "raise", "hang", "1"]
-    with Guard(task, 1.0, workers=2, say=said.append) as guard:
-        begin = time.time()
-        got = guard.rewards([(one, t) for t in texts])
-        assert got == [float(t == "1") for t in texts] and time.time() - begin < 120
-        assert guard.rewards([(one, "1")] * 20) == [1.0] * 20
+    guard, begin = Guard(task, 1.0, workers=2, say=said.append), time.time()
+    got = guard.rewards([(one, t) for t in texts])
+    assert got == [float(t == "1") for t in texts] and time.time() - begin < 120
+    assert guard.rewards([(one, "1")] * 20) == [1.0] * 20
     words = "\n".join(said)
     assert "TimeoutError: more than 1 s" in words and "RuntimeError: no" in words and "the grader crashed" in words
     assert "'nan'" in words and len(said) <= 7                            # once a kind
@@ -267,10 +266,11 @@ def test_what_a_reward_starts_ends_with_its_child(tmp_path, monkeypatch):
         "(open('pid', 'w').write(str(os.getpid())), os.rename('pid', 'started'), time.sleep(1000))\n    return")))
     monkeypatch.chdir(tmp_path)
     task, begin = make_task("t.py"), time.time()
-    with Guard(task, 20.0, workers=1) as guard:
-        guard.rewards([(task.load()[0], "fork")])
-        while not (tmp_path / "started").exists() and time.time() - begin < 60:
-            time.sleep(0.05)
+    guard = Guard(task, 20.0, workers=1)
+    guard.rewards([(task.load()[0], "fork")])
+    while not (tmp_path / "started").exists() and time.time() - begin < 60:
+        time.sleep(0.05)
+    del guard
     state = pathlib.Path("/proc") / (tmp_path / "started").read_text() / "stat"
     while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z":         # a zombie is an end too
         assert time.time() - begin < 90
@@ -290,12 +290,23 @@ def test_a_safe_task_runs_where_it_is_called():
     assert "ZeroDivisionError" in said[0]
 
 
-def test_a_child_does_not_outlive_its_parent(tmp_path):
+@pytest.mark.parametrize("busy", ["", "hang", "spin"])
+def test_a_child_does_not_outlive_its_parent(busy, tmp_path):
+    (tmp_path / "t.py").write_text(TASK)
+    guard = Guard(load_own(str(tmp_path / "t.py")), 0.5, workers=1)
+    process = guard.children.queue[0].process
+    if busy:
+        process.stdin.write(json.dumps(["a", "1", busy]) + "\n")
+    process.stdin.close()                                                 # what the parent's end is to a child
+    assert process.wait(timeout=60) == bool(busy)
+
+
+def test_a_child_that_ended_between_two_answers_is_started_again(tmp_path):
     (tmp_path / "t.py").write_text(TASK)
     guard = Guard(load_own(str(tmp_path / "t.py")), 5.0, workers=1)
-    child = guard.children.get()
-    child.process.stdin.close()                                           # what the parent's end is to a child
-    assert child.process.wait(timeout=60) == 0
+    guard.children.queue[0].process.kill()
+    guard.children.queue[0].process.wait()
+    assert guard.rewards([(Problem("a", "1"), "1")]) == [1.0]
 
 
 def test_a_file_may_open_others_by_relative_names(tmp_path, monkeypatch):
@@ -308,10 +319,10 @@ def test_a_file_may_open_others_by_relative_names(tmp_path, monkeypatch):
                                    "def reward(problem, text): return text == problem.answer")
     monkeypatch.chdir(tmp_path)
     task = make_task("t.py")
-    with Guard(task, 5.0, workers=1) as guard:
-        assert guard.rewards([(p, "a") for p in task.load()]) == [1.0, 0.0]
-        child = guard.children.queue[0].process
-        assert os.getsid(child.pid) != os.getsid(0)                       # Ctrl-C on the terminal is not for it
+    guard = Guard(task, 5.0, workers=1)
+    assert guard.rewards([(p, "a") for p in task.load()]) == [1.0, 0.0]
+    child = guard.children.queue[0].process
+    assert os.getsid(child.pid) != os.getsid(0)                           # Ctrl-C on the terminal is not for it
 
 
 REWARD = "def reward(problem, text): return 1\n"
