@@ -9,7 +9,7 @@ and only if it stands there alone but for its unit. "3 or 4", 5+3 and a "#### St
 import re
 from fractions import Fraction
 
-from data import Task, load_real
+from data import Task, fetched, load_problems
 from data.math_answers import last_boxed
 
 LONGEST, MOST_DIGITS = 100, 30                                  # characters of an answer, digits in a row
@@ -73,7 +73,7 @@ class GSM8K(Task):
 
     def load(self, path=""):
         """Problems of a JSON Lines file, as OpenAI publishes it or in this program's own form; each answer a number."""
-        return load_real(self, path, (("question", "answer"), ("prompt", "answer")), behind_hashes)
+        return load_problems(path or fetched(self.name), behind_hashes)
 
     def prompt(self, question):
         return f"{question}\n\nReason step by step, and put your final answer, a number, within \\boxed{{}}."

@@ -16,7 +16,7 @@ import functools
 import logging
 import re
 
-from data import Task, input_error, load_real
+from data import Task, fetched, input_error, load_problems
 
 LONGEST, MOST_DIGITS, DEEPEST, LARGEST_POWER, LARGEST_EXPANSION = 500, 30, 8, 10_000, 30
 
@@ -185,7 +185,7 @@ class Math(Task):
 
     def load(self, path=""):
         """Problems of a JSON Lines file with a problem and its answer, or its solution with the answer in a box."""
-        return load_real(self, path, (("problem", "answer"), ("problem", "solution"), ("prompt", "answer")), in_box)
+        return load_problems(path or fetched(self.name), in_box)
 
     def prompt(self, question):
         return f"{question}\n\nReason step by step, and put your final answer within \\boxed{{}}."
