@@ -94,7 +94,7 @@ def draw_problems(task, n, rng, exclude=()):
     for _ in range(100 * n):
         p = task.problem(rng)
         if p.prompt not in exclude:
-            found[p.prompt] = p
+            found.setdefault(p.prompt, p)
             if len(found) == n:
                 return list(found.values())
     raise input_error(f"the task has too few different problems for {n} of them and {len(exclude)} "

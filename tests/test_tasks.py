@@ -469,11 +469,11 @@ def test_prepare_checks_what_it_fetches(tmp_path, monkeypatch, capsys):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_address[1]}/a.jsonl"
-        monkeypatch.setitem(prepare.SETS, "gsm8k", [("gsm8k-train.jsonl", address, 2, ("question", "answer"))])
+        monkeypatch.setitem(prepare.SETS, "gsm8k", [("gsm8k-train.jsonl", address, 2)])
         good = '{"question": "q", "answer": "#### 1"}\n'
         for content, words in ((None, "404"), (good, "1 problems, 2 were expected"),
-                               (good + "{\n", "line 2 is not JSON"),
-                               (good + '{"question": ""}\n', 'line 2 has no "question"')):
+                               (good + "{\n", "line 2: not JSON"),
+                               (good + '{"question": "q"}\n', 'line 2: no text under "answer"')):
             if content is not None:
                 (served / "a.jsonl").write_text(content)
             assert prepare.main(["gsm8k", "--out", str(tmp_path / "out")]) == 1
@@ -486,7 +486,7 @@ def test_prepare_checks_what_it_fetches(tmp_path, monkeypatch, capsys):
 
         pyarrow = pytest.importorskip("pyarrow")                           # math-sanity is published as an Arrow file
         address = address.replace("a.jsonl", "b.arrow")
-        monkeypatch.setitem(prepare.SETS, "math-sanity", [("math-sanity.jsonl", address, 2, ("problem", "answer"))])
+        monkeypatch.setitem(prepare.SETS, "math-sanity", [("math-sanity.jsonl", address, 2)])
         (served / "b.arrow").write_text("version https://git-lfs.github.com/spec/v1\n")
         assert prepare.main(["math-sanity", "--out", str(tmp_path / "out")]) == 1
         assert "no Arrow file" in capsys.readouterr().err
