@@ -53,8 +53,8 @@ SPELLINGS = [(re.compile(a), b) for a, b in (
     # 50^\circ and 50, 84\% and 84: the question says which
     (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\?%", ""),
     (r"\s*[.\n]*$", ""),
-    # a unit, but not "or", "and", "a.m."
-    (r"(?<=[^\s,])\s*\\(?:text|mbox|mathrm)\s*\{(?!\s*(?:or|and|[ap]\.?m\.?)\s*\})[^{}]*\}"
+    # a unit, but not "or", "and", "a.m.", nor a second answer
+    (r"(?<=[^\s,])\s*\\(?:text|mbox|mathrm)\s*\{(?!\s*(?:or|and|[ap]\.?m\.?)\s*\})[^{}0-9]*\}"
      r"(?:\s*\^\s*\{?[23]\}?)?$", ""),
     (r"\\(?:text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r" \1 "),
     (r"\\frac\s*(\\[a-z]+|[0-9a-zA-Z])", r"\\frac{\1}"),
