@@ -118,7 +118,7 @@ def comparison():
     except ImportError as e:
         raise input_error("--task math compares answers with math-verify, which is not here or "
                           f"not complete ({e}): pip install -e '.[math]'") from None
-    logging.getLogger("math_verify").setLevel(logging.ERROR)    # that the time limit is ours, it is
+    logging.getLogger("math_verify").setLevel(logging.ERROR)     # its time limit is off: ours is on
     # sympy.Number(text), as it was, goes through eval
     _Latex2Sympy.parse_number = lambda self, text: Rational(text.replace(",", ""))
     normal = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True,
