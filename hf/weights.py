@@ -103,7 +103,8 @@ def read_config(folder, context=None):
     names = FIELDS | (EXPERTS if moe else {})
     fields = {ours: c.get(theirs) for ours, theirs in names.items()}
     for ours, value in fields.items():
-        if type(value) is not GPTConfig.__annotations__[ours] or value < 0:
+        least = 1 if type(value) is int and ours != "head_dim" else 0
+        if type(value) is not GPTConfig.__annotations__[ours] or value < least:
             raise InputError(f"{path}: no usable value for {names[ours]}")
     try:
         if moe:

@@ -177,7 +177,10 @@ def test_a_model_from_scratch_goes_to_transformers(tmp_path):
     (dict(hidden_act="gelu"), "hidden_act 'gelu'"),
     (dict(attention_bias=True), "attention_bias"),
     (dict(mlp_bias=True), "mlp_bias"),
-    (dict(hidden_size=None), "no usable value"),
+    (dict(hidden_size=None), "no usable value for hidden_size"),
+    (dict(intermediate_size="96"), "no usable value for intermediate_size"),
+    (dict(vocab_size=-1), "no usable value for vocab_size"),
+    (dict(num_key_value_heads=0), "no usable value for num_key_value_heads"),
     (dict(num_key_value_heads=3), "no multiple"),
     (dict(vocab_size=130), r"embed_tokens.weight has shape \(131, 64\), the config asks for \(130, 64\)"),
     (dict(num_hidden_layers=4), "no tensor model.layers.3.input_layernorm.weight"),
@@ -207,9 +210,10 @@ def test_broken_folders(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(InputError, match="pytorch_model.bin is a pickle"):
         weights.load(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(InputError, match="config.json cannot be read"):
-        weights.load(tmp_path)
+    for content in ("{", "[]"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(InputError, match="config.json cannot be read"):
+            weights.load(tmp_path)
 
 
 def test_numbers_that_are_not_finite_and_formats_too_small(tmp_path):
