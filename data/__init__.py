@@ -1,7 +1,7 @@
 """Tasks: problems with a checkable answer. A task is a class with these methods, or a Python file
 that has functions of these names (data/own.py; `--task mytask.py`):
 
-    reward(problem, text)          -> 1.0 for a right answer, else 0.0 (or between), from its text alone
+    reward(problem, text)          -> 1.0 for a right answer, else 0.0 (or between)
 
 A model from scratch learns a task that draws its own problems, by imitating a noisy demonstrator
 first:
@@ -17,14 +17,13 @@ A model that can read (--model) is asked problems of a data set:
 `class Task` has what a task leaves out. Ours are data/addition.py, the smallest data/reverse.py.
 """
 import json
-import os
 import pathlib
-import stat
 from dataclasses import dataclass
 
 import numpy as np
 
-FETCHED = pathlib.Path(__file__).resolve().parent / "fetched"  # where data/prepare.py puts data sets
+FETCHED = pathlib.Path(__file__).resolve().parent / "fetched"
+NAMES = ("question", "problem", "prompt"), ("answer", "solution")     # of the two texts of a line
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,6 @@ class Task:
     prompt_length = answer_length = 0
     system = ""                                               # a system prompt for models that read
 
-    def problem(self, rng):
-        raise NotImplementedError(f"{self.name} draws no problems")
-
-    def demonstrate(self, problem, rng):
-        raise NotImplementedError(f"{self.name} has no demonstrator")
-
     def load(self, path=""):
         return load_problems(path)
 
@@ -56,9 +49,6 @@ class Task:
 
     def prepare(self):
         """What takes long is done now, and what is missing is said now."""
-
-    def reward(self, problem, text):
-        raise NotImplementedError
 
 
 def input_error(message):
@@ -100,69 +90,58 @@ def uniforms(key, problems, samples, length):
 
 def draw_problems(task, n, rng, exclude=()):
     """n different problems of the task, none with a prompt in `exclude`."""
-    seen, out = set(exclude), []
+    found = {}
     for _ in range(100 * n):
         p = task.problem(rng)
-        if p.prompt not in seen:
-            seen.add(p.prompt)
-            out.append(p)
-            if len(out) == n:
-                return out
+        if p.prompt not in exclude:
+            found.setdefault(p.prompt, p)
+            if len(found) == n:
+                return list(found.values())
     raise input_error(f"the task has too few different problems for {n} of them and {len(exclude)} "
                       "others: more --digits, or fewer of them (--pool, --heldout, --problems)")
 
 
-def load_problems(path, forms=(("prompt", "answer"),), answer=None):
-    """Problems from a JSON Lines file: one {"prompt": "...", "answer": "..."} a line.
-
-    forms: the pairs of names that a line's two texts may have, the first that fits counts.
-    answer(key, text): what of the second text is the answer; its ValueError says what is wrong with
-    the line."""
+def load_problems(path, answer=lambda key, text: text):
+    """Problems from a JSON Lines file: {"prompt": "...", "answer": "..."} a line, or with other
+    NAMES. answer(key, text): what of the second text is the answer; its ValueError says what is
+    wrong with the line."""
+    if not pathlib.Path(path).is_file():                          # a pipe would wait for ever
+        raise input_error(f"cannot read {path}: there is no such file")
+    try:
+        lines = pathlib.Path(path).read_text("utf-8-sig").split("\n")
+    except OSError as e:
+        raise input_error(f"cannot read {path}: {e.strerror}") from None
+    except UnicodeDecodeError as e:
+        raise input_error(f"{path}: not UTF-8 text (byte {e.start})") from None
     problems = []
-    for place, row in read_rows(path):
-        row = row if isinstance(row, dict) else {}
-        fits = [f for f in forms if set(f) <= set(row)] or [f for f in forms if f[0] in row] or [forms[0]]
-        question, worked = fits[0]
-        for key in (question, worked):
-            if not isinstance(row.get(key), str):
-                raise input_error(f'{place}: no text under "{key}"; a line is '
-                                  f'{{"{question}": "...", "{worked}": "..."}}')
-        if not row[question].strip():
-            raise input_error(f"{place}: the {question} is empty")
+    for i, line in enumerate(lines, 1):
         try:
-            said = answer(worked, row[worked]) if answer else row[worked]
-        except ValueError as e:
-            raise input_error(f"{place}: {e}") from None
-        problems.append(Problem(row[question], said))
+            if line.strip():
+                (key, question), (name, worked) = texts(json.loads(line))
+                if not question.strip():
+                    raise ValueError(f"the {key} is empty")
+                problems.append(Problem(question, answer(name, worked)))
+        except (ValueError, RecursionError) as e:    # a thousand brackets, a number of 5,000 digits
+            why = f"not JSON ({e.msg})" if isinstance(e, json.JSONDecodeError) else e
+            raise input_error(f"{path} line {i}: {why}") from None
     if not problems:
         raise input_error(f"{path}: no problems in it")
     return problems
 
 
-def load_real(task, path, forms, answer):
-    """`load_problems` of a real data set; without a path, from where data/prepare.py puts it."""
-    path = path or FETCHED / f"{task.name}-train.jsonl"
-    if not os.path.exists(path):
-        raise input_error(f"no problems for --task {task.name}: {path} is not there. With a network, "
-                          f"`python -m data.prepare {task.name}` fetches it; else give --data FILE")
-    return load_problems(path, forms, answer)
+def texts(row):
+    """The two texts of a line -> (name, text) of each."""
+    for names in NAMES:
+        name = next((n for n in names if isinstance(row, dict) and isinstance(row.get(n), str)), "")
+        if not name:
+            raise ValueError(f'no text under "{names[0]}" (or {", ".join(names[1:])})')
+        yield name, row[name]
 
 
-def read_rows(path):
-    """The lines of a JSON Lines file -> (where it stands, what it says), without the empty ones."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):               # a pipe would wait for ever
-            raise input_error(f"{path} is not a file")
-        with open(path, encoding="utf-8-sig") as f:
-            for i, line in enumerate(f, 1):
-                if line.strip():
-                    try:
-                        yield f"{path} line {i}", json.loads(line)
-                    except json.JSONDecodeError as e:
-                        raise input_error(f"{path} line {i}: not JSON ({e.msg} at column {e.colno})") from None
-                    except (ValueError, RecursionError):  # a number of 5,000 digits, a thousand brackets
-                        raise input_error(f"{path} line {i}: not JSON that can be read") from None
-    except OSError as e:
-        raise input_error(f"cannot read {path}: {e.strerror}") from None
-    except UnicodeDecodeError as e:
-        raise input_error(f"{path}: not UTF-8 text (byte {e.start})") from None
+def fetched(name):
+    """The file where data/prepare.py puts the problems of a real data set."""
+    path = FETCHED / f"{name}-train.jsonl"
+    if not path.exists():
+        raise input_error(f"no problems for --task {name}: {path} is not there. With a network, "
+                          f"`python -m data.prepare {name}` fetches it; else give --data FILE")
+    return path

@@ -1,14 +1,15 @@
-"""Rewards that may be slow, raise an error or crash: asked for under a time limit, and never the end of a run.
+"""Rewards that may be slow, raise an error or crash: they run under a time limit, and end no run.
 
-`Guard.rewards` grades answers. A task marked `safe` is a bounded parser of this program's own and runs where it is called. Any
-other (LaTeX, a file of your own) runs in processes of its own, started anew from the task's name, several at a time. One that
-takes too long is killed, which also ends what no signal reaches, such as 10 ** 10 ** 10. What went wrong counts 0 and is said
-once a kind, with the answer that caused it.
+`Guard.rewards` grades answers. A task marked `safe` is a bounded parser of ours and runs where it
+is called. Any other (LaTeX, a file of your own) runs in processes of its own, several at a time.
+One that takes too long is killed, which also ends what no signal handler reaches, such as
+10 ** 10 ** 10. What went wrong counts 0 and is said once a kind, with the answer that caused it.
 
-The children are plain `python -m data.guard NAME`: multiprocessing would import the parent's main module, and with it torch, once
-more in each. They end when the parent does: their standard input ends then, and no answer may use more processor time than a few
-of its limits.
+The children are plain `python -m data.guard NAME`: multiprocessing would import the parent's main
+module, and with it torch, once more in each. They end when the parent does: their standard input
+ends then, and an answer that is being graded has a limit in the child as well.
 """
+import faulthandler
 import json
 import math
 import os
@@ -18,47 +19,50 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 from data import Problem, input_error
 from data.tasks import make_task
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-START = 120                                 # seconds that a child may take to begin: on a busy machine sympy takes ten to import
-CRASHED = ["the grader crashed"]
-NOT_A_NUMBER = ", which is no finite number"
-MEMORY = 4 << 30                            # bytes of address space that a child may take
+START = 120             # seconds that a child may take to begin: on a busy machine sympy takes ten
+MEMORY = 4 << 30        # bytes of address space that a child may take
+
+
+def grade(task, problem, text):
+    """A reward, or a text that says why there is none."""
+    try:
+        x = task.reward(problem, text)
+        if not (hasattr(x, "__float__") and math.isfinite(x)):
+            return f"no finite number: it gave {x!r}"
+        return float(x)
+    except (Exception, SystemExit) as e:                # a grader does not end its process
+        return f"{type(e).__name__}: {e}"
 
 
 class Guard:
-    """task: see data/__init__.py. seconds: what one answer may take. workers: children (0: a core each, at most 4)."""
+    """task: see data/__init__.py. seconds: what one answer may take. workers: children (0: a core
+    each, at most 4)."""
 
     def __init__(self, task, seconds=5.0, workers=0, say=print):
-        self.task, self.seconds, self.say, self.told = task, seconds, say, set()
-        self.children = queue.Queue()
-        self.workers = workers or min(4, os.cpu_count() or 1)
+        self.task, self.say, self.told = task, say, set()
+        self.workers, self.children = workers or min(4, os.cpu_count() or 1), queue.Queue()
         if not task.safe:
-            first = Child(task.name, seconds)
-            self.children.put(first.start())            # what cannot begin (a missing package, say) is an error here and now
-            for _ in range(self.workers - 1):
+            for _ in range(self.workers):
                 self.children.put(Child(task.name, seconds))
+            self.children.queue[0].start()              # a missing package is an error here and now
 
     def rewards(self, pairs):
         """[(problem, text)] -> a reward each, in their order."""
         if self.task.safe:
-            out = [self._inline(problem, text) for problem, text in pairs]
+            found = [grade(self.task, *pair) for pair in pairs]
         else:
             with ThreadPoolExecutor(self.workers) as pool:
-                out = list(pool.map(self._child, pairs))
-        return [self._number(x, text) for x, (_, text) in zip(out, pairs)]
+                found = list(pool.map(self._ask, pairs))
+        return [self._number(x, text) for x, (_, text) in zip(found, pairs)]
 
-    def _inline(self, problem, text):
-        try:
-            return self.task.reward(problem, text)
-        except Exception as e:
-            return f"{type(e).__name__}: {e}"
-
-    def _child(self, pair):
+    def _ask(self, pair):
         child = self.children.get()
         try:
             return child.ask(*pair)
@@ -66,139 +70,98 @@ class Guard:
             self.children.put(child)
 
     def _number(self, x, text):
-        """What a reward function gave, as a number: 0 for what is none, and a line for the first of its kind."""
-        if isinstance(x, (int, float)) and math.isfinite(x):
-            return float(x)
-        why = x if isinstance(x, str) else f"it gave {x!r}{NOT_A_NUMBER}"
-        kind = NOT_A_NUMBER if why.endswith(NOT_A_NUMBER) else why.split(":")[0]
-        if kind not in self.told:
+        """0 where there is no reward, and a line for the first of its kind."""
+        if isinstance(x, float):
+            return x
+        if (kind := x.split(":")[0]) not in self.told:
             self.told.add(kind)
-            self.say(f"note: the reward of the answer {text[:200]!r} counts 0: {why[:200]} (said once; so will the like)")
+            self.say(f"note: the reward of the answer {text[:200]!r} counts 0: {x[:200]} "
+                     "(said once; so will the like)")
         return 0.0
-
-    def close(self):
-        while not self.children.empty():
-            self.children.get().stop()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
 
 
 class Child:
-    """One process that grades. Started when first asked, and again after it was killed or crashed."""
+    """A process that grades. It starts when first asked, and again after it was killed or crashed.
+    It is killed, with all that it started, when this object or the program ends."""
 
     def __init__(self, name, seconds):
         self.name, self.seconds, self.process = name, seconds, None
 
     def start(self):
-        # where the parent is, since a task's file may open others by relative names, and in a session of its own: a Ctrl-C on
-        # the terminal is not for it, not even while it begins
+        if self.process:
+            self.kill()                                 # what a crashed one left
+        # Where the parent is, since a task's file may open others by relative names. In a session
+        # of its own: a Ctrl-C on the terminal is not for it, not even while it begins.
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        self.process = subprocess.Popen([sys.executable, "-P", "-m", "data.guard", self.name, str(self.seconds)],
-                                        env={**os.environ, "PYTHONPATH": path}, start_new_session=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
-        self.said = queue.Queue()
-        threading.Thread(target=self._listen, args=(self.process, self.said), daemon=True).start()
-        try:
-            ready = self.said.get(timeout=START)
-        except queue.Empty:
-            ready = f"the grader of {self.name} did not begin within {START} s"
-        if ready != "ready":
-            self.stop()
-            raise input_error(ready or f"the grader of {self.name} ended as it began")
-        return self
-
-    @staticmethod
-    def _listen(process, said):
-        for line in process.stdout:
-            said.put(json.loads(line))
-        said.put(None)                                               # it has ended
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "data.guard", self.name, str(self.seconds)],
+            env={**os.environ, "PYTHONPATH": path}, start_new_session=True, text=True,
+            encoding="utf-8", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.kill = weakref.finalize(self, kill, self.process)
+        if (said := self.hear(START)) != "ready":
+            raise input_error(f"the rewards of --task {self.name} cannot begin: {said}")
 
     def ask(self, problem, text):
         """A reward, or a text that says why there is none."""
-        if self.process is None:
+        if self.process is None or self.process.poll() is not None:
             self.start()
+        return self.hear(self.seconds, json.dumps([problem.prompt, problem.answer, text]) + "\n")
+
+    def hear(self, seconds, asked=""):
+        """What the child says to this, within so many seconds."""
+        timer = threading.Timer(seconds, self.kill)
+        timer.start()
         try:
-            self.process.stdin.write(json.dumps([problem.prompt, problem.answer, text]) + "\n")
+            self.process.stdin.write(asked)
             self.process.stdin.flush()
-            found = self.said.get(timeout=self.seconds) or CRASHED
-        except queue.Empty:
-            found = [f"TimeoutError: more than {self.seconds:g} s"]
-        except OSError:                                              # it crashed between two answers
-            found = ["the grader had crashed before"]
-        else:
-            if found != CRASHED:
-                return found[0]
-        self.stop()
-        return found[0]
-
-    def stop(self):
-        if self.process is not None:
-            try:
-                os.killpg(self.process.pid, signal.SIGKILL)          # with whatever it started
-            except (AttributeError, OSError):                        # Windows; or there is nothing left
-                self.process.kill()
-            self.process.wait()
-            self.process.stdin.close()
-            self.process = None
-
-    def __del__(self):
-        try:
-            self.stop()
-        except (OSError, AttributeError, TypeError, ValueError):     # at the interpreter's end anything may be gone
-            pass
+            said = self.process.stdout.readline()
+        except OSError:
+            said = ""
+        timer.cancel()
+        timer.join()
+        if said.endswith("\n"):
+            return json.loads(said)
+        late = not self.kill.alive
+        self.kill()
+        return f"TimeoutError: more than {seconds:g} s" if late else "the grader crashed"
 
 
-def limit(seconds):
-    """Bounds of this process that hold in C code too, where no Python signal handler runs."""
+def kill(process):
+    """End it, with whatever it started."""
     try:
-        import resource
-    except ImportError:                                              # Windows
-        return lambda: None
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-
-    def more():
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        most = math.ceil(used.ru_utime + used.ru_stime + 2 * seconds) + 1
-        resource.setrlimit(resource.RLIMIT_CPU, (most, resource.RLIM_INFINITY))
-    return more
+        os.killpg(process.pid, signal.SIGKILL)
+    except (AttributeError, OSError):                       # Windows; or nothing is left
+        process.kill()
+    process.wait()
 
 
 def serve(name, seconds):
     """The child: a problem and an answer a line in, a reward a line out."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                     # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C is the parent's to answer
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)                                                    # what a reward function prints is no reward
-    lines = queue.Queue()
+    os.dup2(2, 1)                                           # what a reward prints is no reward
 
     def tell(x):
-        out.write(json.dumps(x) + "\n")
-        out.flush()
-
-    def read():
-        for line in sys.stdin.buffer:
-            lines.put(json.loads(line))
-        os._exit(0)                                                  # the parent is gone
+        print(json.dumps(x), file=out, flush=True)
     try:
         task = make_task(name)
         task.prepare()
     except Exception as e:
         return tell(str(e) or type(e).__name__)
-    more = limit(seconds)
-    threading.Thread(target=read, daemon=True).start()
+    try:
+        import resource
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    except ImportError:                                     # Windows
+        pass
     tell("ready")
-    while True:
-        prompt, answer, text = lines.get()
-        more()
-        try:
-            x = task.reward(Problem(prompt, answer), text)
-            x = float(x) if isinstance(x, (bool, int, float)) or hasattr(x, "__float__") else repr(x)
-            tell([x if isinstance(x, float) and math.isfinite(x) else f"it gave {x}{NOT_A_NUMBER}"])
-        except BaseException as e:                                   # SystemExit as well: a grader does not end its process
-            tell([f"{type(e).__name__}: {e}"])
+    nowhere = open(os.devnull, "w")
+    for line in sys.stdin.buffer:
+        # This clock runs in C and ends the process while it multiplies, should the parent be gone.
+        faulthandler.dump_traceback_later(2 * seconds + 1, exit=True, file=nowhere)
+        prompt, answer, text = json.loads(line)
+        tell(grade(task, Problem(prompt, answer), text))
+        faulthandler.cancel_dump_traceback_later()
+    os._exit(0)                                             # whatever threads a reward left
 
 
 if __name__ == "__main__":

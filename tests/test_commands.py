@@ -245,7 +245,7 @@ def test_a_reward_that_is_no_number_counts_0_and_is_told_once(here, whole, monke
     monkeypatch.setattr(Addition, "reward", lambda *_: math.nan)
     assert train_rl.main(["--resume", "whole", "--steps", "27"]) == 0
     said = capsys.readouterr().out
-    assert said.count("it gave nan, which is no finite number") == 1 and "note: the reward of the answer" in said
+    assert said.count("counts 0: no finite number: it gave nan") == 1 and "note: the reward of the answer" in said
     assert float(re.search(r"step 27/27  acc ([0-9.]+)", said)[1]) == 0
 
 

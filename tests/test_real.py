@@ -185,7 +185,7 @@ def test_a_problem_that_does_not_fit_the_model_is_refused(train, tmp_path):
     ("--task gsm8k", "--task gsm8k needs a model that can read: --model FOLDER"),
     ("--task gsm8k --model qwen", "--data"),
     ("--task gsm9k", "no task 'gsm9k', did you mean gsm8k"),
-    ("--model nowhere", "--model nowhere: no checkpoint's folder is there"),
+    ("--model nowhere", "nowhere/config.json is not there: a model is a folder with"),
     ("--model qwen --prompt-form llama3", "llama3"),
     ("--model qwen --replay-routing", "--replay-routing: this model has no experts"),
     ("--model qwen --max-answer 300", "more than the 256 that"),
