@@ -56,7 +56,8 @@ class GPTConfig:
 class KVCache:
     """Preallocated keys and values, (B, KV, capacity, D) a layer, rounded as training rounds them.
     Slot t of a row holds the key of the token at position t. `length` is an int while all rows are
-    equally long, else a (B,) int64 tensor; `longest` is an int in both cases."""
+    equally long, else a (B,) int64 tensor; `longest` is an int in both cases. Then forward says,
+    once for all layers, where new tokens go: rows `row` (B, 1), slots `at` (B, T)."""
 
     def __init__(self, cfg, rows, capacity, num):
         shape = (cfg.n_layers, rows, cfg.n_kv_heads, capacity, cfg.head_dim)
@@ -90,10 +91,8 @@ class KVCache:
             self.k[layer, :, :, self.length:end] = k
             self.v[layer, :, :, self.length:end] = v
         else:
-            at = self.length[:, None] + torch.arange(T, device=k.device)                    # (B, T)
-            row = torch.arange(len(at), device=k.device)[:, None]
-            self.k[layer][row, :, at] = k.transpose(1, 2)
-            self.v[layer][row, :, at] = v.transpose(1, 2)
+            self.k[layer][self.row, :, self.at] = k.transpose(1, 2)
+            self.v[layer][self.row, :, self.at] = v.transpose(1, 2)
             end = self.longest + T
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
@@ -305,6 +304,7 @@ class GPT(nn.Module):
                 mask = torch.ones(T, start + T, dtype=torch.bool, device=tokens.device).tril_(start)
         else:                                           # ragged rows, each at a position of its own
             position = start[:, None] + torch.arange(T, device=tokens.device)              # (B, T)
+            cache.at, cache.row = position, torch.arange(len(start), device=tokens.device)[:, None]
             cos, sin = self.cos[position][:, None], self.sin[position][:, None]     # (B, 1, T, D/2)
             keys = torch.arange(cache.longest + T, device=tokens.device)
             mask = (keys <= position[..., None])[:, None]                          # (B, 1, T, keys)

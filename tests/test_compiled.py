@@ -154,6 +154,7 @@ def test_a_compiled_block_behind_a_cache(lengths, vectors, monkeypatch):
             cache = KVCache(c, 3, Tk, num)
             cache.k[:], cache.v[:] = old
             cache.length, cache.longest = start, before
+            cache.at, cache.row = position, torch.arange(3)[:, None]
             with torch.no_grad():
                 found.append((block(x, cos, sin, mask, num, cache), cache.k, cache.v))
         for u, v in zip(*found):
