@@ -34,11 +34,11 @@ def test_a_model_of_fused_operators_is_the_plain_one():
         model = GPT(cfg, seed=0)
         model.use(num.hold(model.parameters()))
         torch._dynamo.utils.counters.clear()
-        for shape in ((2, 7), (3, 1)):
-            tokens = torch.arange(shape[0] * shape[1]).view(shape) % 67
-            (model(tokens) * torch.linspace(-1, 1, 48).half()).sum().backward()
-            with torch.inference_mode():
-                found.append(model(tokens))
+        tokens = torch.arange(21).view(3, 7)
+        with torch.inference_mode():
+            found.append(model(tokens[:, :1]))                                  # as a rollout's steps are
+        found.append(model(tokens))                                             # as a training step's
+        (found[-1] * torch.linspace(-1, 1, 48).half()).sum().backward()
         found += [p.grad for p in model.parameters() if p.grad is not None]
     plain, ours = found[:len(found) // 2], found[len(found) // 2:]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4 * len(FUSED)

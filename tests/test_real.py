@@ -198,6 +198,7 @@ def test_a_problem_that_does_not_fit_the_model_is_refused(train, tmp_path):
 ])
 def test_what_cannot_be_is_one_line(flags, words, home, tmp_path, monkeypatch):
     monkeypatch.chdir(home)
+    monkeypatch.setattr("data.FETCHED", tmp_path)                                   # no data set was fetched
     with pytest.raises(InputError, match=words) as e:
         train_rl.main([*flags.split(), *"--pool 8 --heldout 0 --prompts 2 --out".split(), str(tmp_path / "run")])
     assert "\n" not in str(e.value) and not (tmp_path / "run").exists()
