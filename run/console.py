@@ -41,7 +41,9 @@ def run_main(main):
     trace."""
     name = sys.argv[0].rsplit("/", 1)[-1]
     try:
-        sys.exit(main())
+        status = main()
+        sys.stdout.flush()                                     # a closed pipe is seen here, not later
+        sys.exit(status)
     except KeyboardInterrupt:
         print("\ninterrupted")
         sys.exit(130)
