@@ -64,13 +64,13 @@ def race(contenders, turns, device):
     return rows, peak
 
 
-def gemm_peak(device):
-    """FLOP/s of this machine's own matrix product, FP32 on a CPU, FP16 on a GPU: the best of a few
-    sizes, each the median of 3."""
+def gemm_peak(device, dtype=None):
+    """FLOP/s of this machine's own matrix product, FP32 on a CPU, else FP16 if nothing is said: the
+    best of a few sizes, each the median of 3."""
     best, cpu = 0.0, device.type == "cpu"
+    dtype = dtype or (torch.float32 if cpu else torch.float16)
     for m, k, n in ([(1024, 1024, 1024), (2048, 1024, 1024), (4096, 512, 512)] if cpu else
                     [(8192, 8192, 8192), (16384, 4096, 4096)]):
-        dtype = torch.float32 if cpu else torch.float16
         a, b = (torch.randn(*size, device=device, dtype=dtype) for size in ((m, k), (k, n)))
         times = timed([lambda _: a @ b] * 4, 0, device)[1:]                         # noqa: B023
         best = max(best, 2 * m * k * n / float(np.median(times)))

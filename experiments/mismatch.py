@@ -35,17 +35,17 @@ KEYS = "logp_gap_mean", "prob_gap_mean", "kl_k3", "seq_kl_k3", "exact_share"
 COLORS = {"bf16/bf16": "C3", "fp16/fp16": "C0", "bf16/fp32": "C1", "fp16/fp32": "C2"}
 
 
-def trained(lab, seed, n, group, size=None):
-    """A base model -> (it, n prompts, answers to each, tokens to sample, stop token, settings)."""
-    cfg, env, model = lab.base(seed, size)
+def trained(base, seed, n, group):
+    """lab.base's answer -> (model, n prompts, answers to each, tokens to sample, stop token,
+    settings)."""
+    cfg, env, model = base
     prompts = [encode(p.prompt) for p in draw_problems(env.task, n, stream(seed, 20))]
     return model, prompts, group, env.answer_length, STOP, cfg
 
 
-def random(lab, seed, n, group):
-    """The same of a model with random weights, that never stops."""
-    cfg = parse_config([*lab.device(), "--micro-batch", "16"])[0]
-    layers, width, new = lab.pick((8, 256, 128), (3, 64, 16), (24, 1024, 1024))
+def random(device, seed, n, group, layers, width, new):
+    """The same of a model with random weights, that never stops. device: flags."""
+    cfg = parse_config([*device, "--micro-batch", "16"])[0]
     shape = GPTConfig(vocab_size=258, n_layers=layers, width=width, n_heads=8, n_kv_heads=4,
                       mlp_width=3 * width, context=16 + new)
     model = GPT(shape, pick_device(cfg.device), seed)
@@ -97,9 +97,11 @@ def measure(rollout, logp, scatter):
 
 def make(lab):
     n, group, runs = lab.pick(256, 16, 256), lab.pick(8, 4, 8), []
+    shape = lab.pick((8, 256, 128), (3, 64, 16), (24, 1024, 1024))
     for seed in range(lab.seeds):
-        cases = dict(trained=trained(lab, seed, n, group, lab.pick(TRAINED, None, None)),
-                     random=random(lab, seed, n // 4, group))
+        base = lab.base(seed, lab.pick(TRAINED, None, None))
+        cases = dict(trained=trained(base, seed, n, group),
+                     random=random(lab.device(), seed, n // 4, group, *shape))
         for name, case in cases.items():
             of = {mode: measure(*out, seed == 0 and mode in COLORS)
                   for mode, *out in passes(case, MODES, (seed, 21))}

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -37,6 +38,8 @@ from run.memory import peak_memory
 PARTS = "rollout", "step", "modes", "scaling", "memory"
 MODES = ("fp32", "bf16", "fp16", "fp32 exact", "bf16 exact", "fp16 exact", "fp16 --no-fast",
          "fp16 exact --no-fast")
+QUIET = dict(TRL_EXPERIMENTAL_SILENCE="1", HF_HUB_DISABLE_PROGRESS_BARS="1",
+             TRANSFORMERS_VERBOSITY="error", HF_HUB_OFFLINE="1")                  # no download
 
 
 def sizes(gpu):
@@ -141,9 +144,9 @@ def trl_steps(peer, work, turns):
     return np.array(theirs[1:]), np.array(ours[1:])
 
 
-def bandwidth(device):
-    """Bytes/s of a copy within the GPU's memory, reads and writes counted."""
-    a = torch.empty(1 << 28, dtype=torch.float32, device=device)
+def bandwidth(device, numbers=1 << 28):
+    """Bytes/s of a copy within the device's memory, reads and writes counted."""
+    a = torch.randn(numbers, device=device)
     b = torch.empty_like(a)
     return 2 * a.nbytes / float(np.median(timed([lambda _: b.copy_(a)] * 6, 0, device)[1:]))
 
@@ -154,6 +157,38 @@ def decode_bytes(work):
     slots = s.rows * (s.prompt + s.new / 2) * 2 * m.cfg.n_layers * m.cfg.n_kv_heads * m.cfg.head_dim
     matrices = sum(p.numel() for p in [*m.blocks.parameters(), m.head] if p.dim() == 2)
     return (s.new - 1) * (matrices + slots) * work.num.dtype.itemsize
+
+
+def decoder(model, size, rows=0):
+    """The rollout alone, in FP16, of as many rows (0: the size's own)."""
+    rows = rows or size.rows
+    some = replace(size, prompts=-(-rows // size.group), group=min(size.group, rows))
+    work = Work(model, some, "fp16")
+    work.stages = work.stages[:1]
+    return work
+
+
+def decoding(model, size, rows, turns, device, copied):
+    """Tokens/s of so many rows, and the share of the bandwidth `copied` that reading what must be
+    read takes."""
+    work = decoder(model, size, rows)
+    r = race({"": work}, turns, device)[0][""]
+    return {f"{rows} rows: tokens/s": r["rollout_tokens_per_s"],
+            f"{rows} rows: share of bandwidth": decode_bytes(work) / r["rollout_s"] / copied}
+
+
+def learning(model, size, mode, turns, device):
+    """Whole steps in FP16 and in another mode, "bf16" or "exact"; forward and backward's share of
+    the matrix peak."""
+    work = {"fp16": Work(model, size, "fp16"),
+            mode: Work(model, size, "bf16" if mode == "bf16" else "fp16", exact=mode == "exact")}
+    rows, peak = race(work, turns, device)
+    out = {f"{mode}: step over fp16's": rows[mode]["step_ratio"]}
+    for name, r in rows.items():
+        rollout, whole = work[name].flops()
+        out |= {f"{name}: step, s": r["step_s"],
+                f"{name}: share of matrix peak": (whole - rollout) / r["gradient_s"] / peak}
+    return out
 
 
 def compare(name, size, device, turns, only, missing):
@@ -312,8 +347,7 @@ def main(argv=None):
     table = sizes(device.type == "cuda")
     if a.probe:
         return print(json.dumps(probed(a.probe, table[a.sizes[0]], device)))
-    quiet = dict.fromkeys(("TRL_EXPERIMENTAL_SILENCE", "HF_HUB_DISABLE_PROGRESS_BARS"), "1")
-    os.environ |= dict(quiet, TRANSFORMERS_VERBOSITY="error", HF_HUB_OFFLINE="1")   # no download
+    os.environ |= QUIET
     if device.type == "cpu":
         missing.add("no GPU: no rows of CUDA")
         if why_plain(device):
