@@ -184,7 +184,8 @@ def test_all_parts_at_toy_sizes(tmp_path, capsys):
     for package in ("safetensors", "transformers", "trl"):
         pytest.importorskip(package)
     assert gpu.main(["--quick", "--out", str(tmp_path)]) == 0, capsys.readouterr().out[-3000:]
-    said, text = capsys.readouterr().out, (tmp_path / "gpu-cpu.json").read_text()
+    (path,) = tmp_path.glob("gpu-*.json")                              # its name is the device's
+    said, text = capsys.readouterr().out, path.read_text()
     report = json.loads(text)
     assert {"command", "torch", "machine", "git", "date"} < set(report) and "NaN" not in text
     rows = [(part, row, r) for part, rs in report["parts"].items() for row, r in rs.items()]
@@ -202,8 +203,8 @@ def test_all_parts_at_toy_sizes(tmp_path, capsys):
     assert of["1.5B, LoRA"]["peak, MiB"] > 100 and of["0.5B"]["tokens"] == 32 * 24 and of["0.5B"]["grad_norm"] > 0
     for line in ("copy, GB/s", "KL, fp16/fp16", "share of matrix peak", "peak, MiB"):
         assert line in said
-    assert (tmp_path / "gpu-cpu.png").stat().st_size > 5_000
-    assert gpu.main(["--quick", "--out", str(tmp_path)]) == 0 and (tmp_path / "gpu-cpu.json").read_text() == text
+    assert path.with_suffix(".png").stat().st_size > 5_000
+    assert gpu.main(["--quick", "--out", str(tmp_path)]) == 0 and path.read_text() == text
 
 
 def test_a_log_that_was_cut_short():
@@ -268,11 +269,12 @@ def test_what_is_read_of_pytest():
 [gw1] [ 75%] SKIPPED tests/test_a.py::test_three
 """
     want = dict(passed=1, failed=1, error=0, skipped=1)
-    assert gpu.counted(log, None)["figures"] == want
+    assert gpu.counted(log, None) == dict(figures=want, failed={"tests": [log.splitlines()[2]]})
     log += "== FAILURES ==\nE  AssertionError: FAILED\n== short test summary info ==\nFAILED tests/test_a.py::test_two - x\n"
-    assert gpu.counted(log, None)["figures"] == want
+    assert gpu.counted(log, None) == dict(figures=want, failed={"tests": ["FAILED tests/test_a.py::test_two - x"]})
     plain = "tests/test_a.py::test_one[cuda] PASSED   [ 50%]\ntests/test_a.py::test_two ERROR   [100%]\n"
     assert gpu.counted(plain, None)["figures"] == dict(passed=1, failed=0, error=1, skipped=0)
+    assert gpu.counted(plain.splitlines()[0], None)["failed"] == {}
 
 
 def test_what_is_read_of_a_job(tmp_path):
