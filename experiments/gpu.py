@@ -268,7 +268,8 @@ def phases(log, folder):
                "learning, s": sum(r.get("t_train", 0) for r in rows),
                "steps": sum("step" in r for r in rows)}
     end = rows[-1].get("result", {}) if rows else {}
-    return dict(figures=figures | {k: v for k, v in end.items() if k != "changed"})
+    whole = {"all, s": end.pop("seconds")} if end else {}
+    return dict(figures=figures | whole | {k: v for k, v in end.items() if k != "changed"})
 
 
 # part -> what does it (or makes a command, and reads what it left), and the seconds that each of
