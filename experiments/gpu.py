@@ -53,7 +53,8 @@ except ImportError as e:                        # without tiktoken some of the p
     MISSING = str(e)
 
 # What the rows' numbers come from, but for experiments/: after a change there, --again
-SOURCES = fingerprints("*.py", "data/*.py", "run/*.py", "operators/*.py", "operators/*.c", "hf/*.py")
+SOURCES = fingerprints("*.py", "data/*.py", "run/*.py", "operators/*.py", "operators/*.c",
+                       "hf/*.py")
 CHILD = [sys.executable, "-m", "experiments.gpu", "--row"]
 TINY = ("--digits 1 --noise 0.3 --n-layers 1 --width 32 --base-steps 100 --base-batch 32 "
         "--base-lr 4e-3 --pool 40 --keep 0 1 --heldout 10 --prompts 8 --lr 1e-3 --steps 3").split()
@@ -202,8 +203,7 @@ def memory(row, quick):
     if quick:
         shape = replace(TOY, vocab_size=TOKENIZER.n_vocab, qkv_bias=True, tied_head=True)
     elif "1.5B" in row:
-        shape = replace(shape, n_layers=28, width=1536, n_heads=12, head_dim=128,
-                        mlp_width=8960)
+        shape = replace(shape, n_layers=28, width=1536, n_heads=12, head_dim=128, mlp_width=8960)
     model, rng = pathlib.Path("model"), np.random.default_rng(0)
     weights.save(model, GPT(shape), "bf16")
     if not (model / "tokenizer.json").exists():            # bytes, a part of a large vocabulary
@@ -242,9 +242,12 @@ def tests(quick, folder):
 
 
 def counted(log, folder):
-    """Its lines have a percentage, those of its summary do not."""
-    return dict(figures={k: len(re.findall(rf"^(?=.*%\]).*\b{k.upper()}\b", log, re.M))
-                         for k in ("passed", "failed", "error", "skipped")})
+    """Of a run's lines, which have a percentage. Its summary says more, if it came that far."""
+    ran = {k: re.findall(rf"^(?=.*%\]).*\b{k.upper()}\b.*", log, re.M)
+           for k in ("passed", "failed", "error", "skipped")}
+    bad = re.findall(r"^(?:FAILED|ERROR) .*", log, re.M) or ran["failed"] + ran["error"]
+    return dict(figures={k: len(lines) for k, lines in ran.items()},
+                failed={"tests": [line[:200] for line in bad[:40]]} if bad else {})
 
 
 def job(quick, folder):
@@ -258,14 +261,15 @@ def phases(log, folder):
     """The run's result, and its seconds by phase."""
     metrics = folder / "job" / "metrics.jsonl"
     text = metrics.read_text(encoding="utf-8") if metrics.exists() else ""
-    rows = [json.loads(line) for line in text.rpartition("\n")[0].splitlines()]
+    rows = [json.loads(line) for line in text.rpartition("\n")[0].splitlines()]   # whole lines
     minutes, seconds = (re.findall(r"imitation .* (\d+):(\d\d) spent", log) or [(0, 0)])[-1]
     figures = {"imitation, s": 60 * int(minutes) + int(seconds),
                "rollouts, s": sum(r.get("t_rollout", 0) for r in rows),
                "learning, s": sum(r.get("t_train", 0) for r in rows),
                "steps": sum("step" in r for r in rows)}
     end = rows[-1].get("result", {}) if rows else {}
-    return dict(figures=figures | {k: v for k, v in end.items() if k != "changed"})
+    whole = {"all, s": end.pop("seconds")} if end else {}
+    return dict(figures=figures | whole | {k: v for k, v in end.items() if k != "changed"})
 
 
 # part -> what does it (or makes a command, and reads what it left), and the seconds that each of
@@ -281,7 +285,7 @@ PARTS = {
     "memory": (memory, {"0.5B": 75, "1.5B, LoRA": 115, "1.5B": 115}),
 }
 FEW = {"mismatch": ("8 layers, random", "8 layers, trained"), "speed": ("0.9M",),
-     "memory": ("0.5B", "1.5B, LoRA")}                                   # with --quick
+       "memory": ("0.5B", "1.5B, LoRA")}                                          # with --quick
 
 
 # --------------------------------------------------------------------------------------------------
@@ -309,7 +313,8 @@ def run(part, row, limit, folder, quick):
     except ImportError as e:
         return found | dict(lacks={row: str(e)})
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    env |= dict(PYTHONUNBUFFERED="1", PYTHONPATH=str(ROOT), TENBIT_CACHE=str(folder / "cache"))
+    env |= dict(PYTHONUNBUFFERED="1", TENBIT_CACHE=str(folder / "cache"),
+                PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])]))
     env |= dict(OMP_NUM_THREADS="1") if quick else {}
     begin, why, path = time.time(), "", place / "log.txt"
     with open(path, "w", encoding="utf-8") as log:
@@ -429,10 +434,11 @@ def work_off(a, parts, folder, path):
             continue
         r = parts[part][row] = run(part, row, limit, folder, a.quick)
         print(f"{part} {row}: {r['seconds']:.0f} s{', FAILED' * bool(r['failed'])}", flush=True)
-        about = {} if MISSING else lab.machine()
-        found = dict(command=" ".join(sys.argv), **about, parts=parts if MISSING else lab.tidy(parts))
-        path.with_suffix(".partial").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        os.replace(path.with_suffix(".partial"), path)
+        found, partial = dict(command=" ".join(sys.argv), parts=parts), path.with_suffix(".partial")
+        if not MISSING:
+            found = lab.machine() | lab.tidy(found)
+        partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, path)
     return left
 
 

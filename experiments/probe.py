@@ -44,8 +44,8 @@ class Probe:
     @torch.no_grad()
     def decoding(self):
         """Prompts, then a token more for rows of different lengths."""
-        B, T = self.tokens.shape
-        cache, row = KVCache(self.model.cfg, B, T, self.num), torch.arange(B, device=self.num.device)
+        (B, T), device = self.tokens.shape, self.num.device
+        cache, row = KVCache(self.model.cfg, B, T, self.num), torch.arange(B, device=device)
         self.model(self.tokens, cache)
         self.model(self.tokens[:, :1], cache.rows(row, row % T + 1, room=1))
 

@@ -18,7 +18,7 @@ DEVICES = ["cpu", "exact", "native"] + ["compiled"] * COMPILED + ["cuda"] * torc
 _kind = ["cpu"]
 
 # Files that take longest. They begin first, and the others fill what is left of the two processes.
-LONGEST = [f"test_{name}.py" for name in ("lab", "commands", "exact", "silent_bugs", "compiled", "sample", "hf", "real")]
+LONGEST = [f"test_{name}.py" for name in "experiments_gpu lab commands exact silent_bugs compiled sample hf real".split()]
 
 
 def pytest_configure(config):
