@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments.grid import grid, heat, title
 from experiments.lab import Lab, last, show, spread
-from experiments.mismatch import distance, passes, random, trained
+from experiments.mismatch import SHAPES, distance, passes, random, trained
 from run.console import run_main
 
 BITS, FEW = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 18, 20, 23), (1, 2, 3, 5, 7, 10)
@@ -32,8 +32,9 @@ def static(lab):
     """Mismatch without RL: (model, line, mantissa bits, seed), mean gap and KL."""
     rows = []
     for seed in range(lab.seeds):
-        cases = (trained(lab, seed, lab.pick(128, 16, 128), 8),
-                 random(lab, seed, lab.pick(16, 4, 64), lab.pick(2, 2, 8)))
+        cases = (trained(lab.base(seed), seed, lab.pick(128, 16, 128), 8),
+                 random(lab.device(), seed, lab.pick(16, 4, 64), lab.pick(2, 2, 8),
+                        *lab.pick(*SHAPES)))
         for model, case in zip(MODELS, cases):
             for name, (exp, bits, training, _) in LINES.items():
                 bits = (3, 7, 10) if lab.quick else bits

@@ -32,6 +32,7 @@ MODES = *(f"{a}/{b}" for a in FORMATS for b in FORMATS), "fp16/fp16 exact"
 RATIOS = ("bf16/bf16", "fp16/fp16"), ("bf16/fp32", "fp16/fp32"), ("bf16/fp16", "fp16/fp16")
 TRAINED = "--digits 4 --noise 0.1 --base-steps 500 --base-batch 64".split()
 KEYS = "logp_gap_mean", "prob_gap_mean", "kl_k3", "seq_kl_k3", "exact_share"
+SHAPES = (8, 256, 128), (3, 64, 16), (24, 1024, 1024)   # layers, width, new tokens: as lab.pick has
 COLORS = {"bf16/bf16": "C3", "fp16/fp16": "C0", "bf16/fp32": "C1", "fp16/fp32": "C2"}
 
 
@@ -97,11 +98,10 @@ def measure(rollout, logp, scatter):
 
 def make(lab):
     n, group, runs = lab.pick(256, 16, 256), lab.pick(8, 4, 8), []
-    shape = lab.pick((8, 256, 128), (3, 64, 16), (24, 1024, 1024))
     for seed in range(lab.seeds):
         base = lab.base(seed, lab.pick(TRAINED, None, None))
         cases = dict(trained=trained(base, seed, n, group),
-                     random=random(lab.device(), seed, n // 4, group, *shape))
+                     random=random(lab.device(), seed, n // 4, group, *lab.pick(*SHAPES)))
         for name, case in cases.items():
             of = {mode: measure(*out, seed == 0 and mode in COLORS)
                   for mode, *out in passes(case, MODES, (seed, 21))}
