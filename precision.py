@@ -262,7 +262,8 @@ class Numerics:
         Sums run in FP64: in FP32, a sixth of a vocabulary of 150,000 could never be drawn. First a
         piece of it is drawn, then a token in the piece. Its probability is always above 0."""
         logp = self.log_softmax(logits, temperature)
-        p = F.pad(logp.exp(), (0, -logp.shape[-1] % 128)).unflatten(-1, (-1, 128))
+        p, odd = logp.exp(), -logp.shape[-1] % 128
+        p = (F.pad(p, (0, odd)) if odd else p).unflatten(-1, (-1, 128))     # no copy of a large one
         pieces = p.sum(-1, dtype=torch.float64).cumsum(-1)                          # (R, V / 128)
         goal = u[:, None] * pieces[:, -1:]
         piece = (pieces <= goal).sum(-1, keepdim=True)

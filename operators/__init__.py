@@ -13,6 +13,7 @@ import pathlib
 
 import torch
 
+from operators.code import debugger
 from operators.exact import ExactNumerics
 from precision import Numerics
 
@@ -26,20 +27,22 @@ def why_plain(device, fast=True):
     are."""
     if not fast:
         return "not asked for"
-    from operators import compiled, fused
     if torch.device(device).type == "cpu":
-        return compiled.library(CACHE)[1] or compiled.why_plain()
-    return fused.why_plain(device)
+        from operators import compiled
+        return compiled.library(CACHE)[1] or compiled.why_plain() or debugger()
+    from operators import fused
+    return debugger() or fused.why_plain(device)
 
 
 def numerics(fmt, device="cpu", fast=True, exact=False):
     """Numerics of this format on this device, with compiled operators where there are some. exact:
     rollout and training agree bit for bit."""
-    num = (ExactNumerics if exact else Numerics)(fmt, device)
-    if num.device.type != "cpu" and (exact or not num.half) or why_plain(device, fast):
-        return num
+    plain = (ExactNumerics if exact else Numerics)(fmt, device)
+    gpu = plain.device.type != "cpu"
+    if gpu and (exact or not plain.half) or why_plain(device, fast):
+        return plain
     from operators import compiled, fused
-    if num.half:
+    if gpu:
         return fused.Fused(fmt, device)
     kind = compiled.CompiledExact if exact else compiled.Compiled
     return kind(fmt, compiled.library(CACHE)[0])

@@ -4,8 +4,17 @@ import ast
 import functools
 import hashlib
 import pathlib
+import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def debugger():
+    """Why compiled code is not used while a debugger is at work, in words; or nothing."""
+    monitored = getattr(sys, "monitoring", None)               # a debugger in Python 3.12 and later
+    if sys.gettrace() or monitored and monitored.get_tool(monitored.DEBUGGER_ID):
+        return "a debugger is at work, and a breakpoint in an operator shall stop there"
+    return ""
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """operators/fused.py: norm, SwiGLU, rotation and sum as one kernel each, for a GPU.
 
-A plain operator is torch between two casts: three to ten kernels, each of which reads and writes
-all of its numbers. torch.compile makes one of them, forward and back, out of the very lines of
+A plain operator is torch between two casts: several kernels, each of which reads and writes all of
+its numbers. torch.compile makes one of them, forward and back, out of the very lines of
 precision.py: there is no second version of the arithmetic. Products and attention stay what they
 are. Exact mode has operators of its own.
 
@@ -10,13 +10,10 @@ fuses. So each operator is compiled alone and ends in memory, in the format; and
 keeps the casts is on, for those who compile more than that.
 """
 import functools
-import sys
 
 import torch
 
 from precision import Numerics
-
-FUSED = "add", "rms_norm", "swiglu", "rope"
 
 
 class _Inside(Numerics):
@@ -30,15 +27,18 @@ class _Inside(Numerics):
 
 
 @functools.cache
-def compiled(name):
+def compiled(operator):
+    """A method of Numerics, compiled. One compilation each for a token and for many, with and
+    without gradients, for either format."""
     import torch._inductor.config
     torch._inductor.config.emulate_precision_casts = True
-    torch._dynamo.config.recompile_limit = 64           # one each for a token and for many, for ...
-    return torch.compile(getattr(Numerics, name), dynamic=True)     # ... each format, and gradients
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(operator, dynamic=True)
 
 
 class Fused(Numerics):
-    """Numerics in half precision whose FUSED operators are compiled by torch."""
+    """Numerics in half precision whose add, rms_norm, swiglu and rope are compiled by torch, unless
+    someone looks at the numbers."""
     operators = "fused"
 
     def __init__(self, fmt, device):
@@ -46,23 +46,19 @@ class Fused(Numerics):
         self.inside = _Inside(self.fmt, device)
 
     def add(self, x, y, scale=1.0):
-        return self._run("add", x, y, scale)
+        return self._run(Numerics.add, x, y, scale)
 
     def rms_norm(self, x, w, eps):
-        if self.spy or sys.gettrace():
-            return super().rms_norm(x, w, eps)
-        return compiled("rms_norm")(self.inside, x, self.gain(w), eps)
+        return self._run(Numerics.rms_norm, x, w if self.spy else self.gain(w), eps)
 
     def swiglu(self, x):
-        return self._run("swiglu", x)
+        return self._run(Numerics.swiglu, x)
 
     def rope(self, x, cos, sin):
-        return self._run("rope", x, cos, sin)
+        return self._run(Numerics.rope, x, cos, sin)
 
-    def _run(self, name, *args):
-        if self.spy or sys.gettrace():                  # someone looks at the numbers, or debugs
-            return getattr(Numerics, name)(self, *args)
-        return compiled(name)(self.inside, *args)
+    def _run(self, operator, *args):
+        return operator(self, *args) if self.spy else compiled(operator)(self.inside, *args)
 
 
 @functools.cache

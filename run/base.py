@@ -89,7 +89,11 @@ def find_base(cfg, device, env=None):
     """-> the cached base model for these settings or None, the path it has or would have."""
     name = "base-" + cfg.task.rpartition("/")[2].removesuffix(".py")
     path = cached(name, base_key(cfg, device, env or load_task(cfg))) / "checkpoint.pt"
-    return load_model(load_checkpoint(path, device), device) if path.exists() else None, path
+    try:
+        return load_model(load_checkpoint(path, device), device) if path.exists() else None, path
+    except InputError as e:
+        say(f"base model: {e}; making it again")
+        return None, path
 
 
 def get_base(cfg, device, env):
@@ -139,9 +143,9 @@ def train_base(model, env, cfg):
             group["lr"] = cfg.base_lr * min((step + 1) / warmup, 1 - step / cfg.base_steps)
         tokens, answer = demonstrations(env.task, cfg.base_batch, stream(cfg.seed, 1, step))
         tokens, answer = tokens[:, :room].to(device), answer[:, :room].to(device)
-        loss = 0.0
+        loss, count = 0.0, answer.sum()
         for part, where in zip(tokens.split(cfg.micro_batch), answer.split(cfg.micro_batch)):
-            share = -model.token_logprobs(part, where)[0].sum() / answer.sum()
+            share = -model.token_logprobs(part, where)[0].sum() / count
             with reproducible(device):
                 scaler.scale(share).backward()
             loss += share.detach()

@@ -102,7 +102,8 @@ def diagnose(history):
                 "more answers (--group)" if accuracy < 0.1
                 else "some problems are always solved and the others never: problems between (--keep 0.2 0.8) "
                 "or more answers (--group)"))
-    best = max(mean(history[i:i + 5], "accuracy") for i in range(len(history) - 4))
+    curve = [float(m["accuracy"]) for m in history]
+    best = np.convolve(curve, np.full(5, 0.2), "valid").max()
     if accuracy < best - 0.2:
         found["falls"] = (
             f"accuracy has fallen from {best:.2f} to {accuracy:.2f} (means of 5 steps). If you changed the "
