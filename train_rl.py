@@ -350,16 +350,16 @@ def train(cfg, given, run, saved=None):
     say(f"training on {len(state.problems)} problems, {cfg.prompts} x {cfg.group} answers a step, "
         f"{cfg.algo}; everything goes to {run.path}/" if state.step < cfg.steps else
         f"all {cfg.steps} steps are done; to go on: --resume {run.path} --steps {2 * cfg.steps}")
-    history, told, begun, first = run.history(), {}, time.time(), state.step
+    history, told, begun, first = run.history(), {}, time.monotonic(), state.step
 
     with interruptible() as stop:
         for step in range(state.step + 1, cfg.steps + 1):
             # --- act: the policy answers, in the rollout's format
             torch.manual_seed(cfg.seed * 10 ** 7 + step)    # draws nothing here; what you add may
-            t0 = time.time()
+            t0 = time.monotonic()
             model.use(acting)
             batch = act(sampler, env, state, cfg, step)
-            t1 = time.time()
+            t1 = time.monotonic()
 
             # --- learn: the same forward over whole sequences, in the training's format
             model.use(learning)
@@ -391,7 +391,7 @@ def train(cfg, given, run, saved=None):
             # --- log: everything below is diagnostics
             history.append(meter.row(step, state, model, scaler, lr, shaped, t1 - t0))
             run.log(history[-1])
-            to_go = (time.time() - begun) / (step - first) * (cfg.steps - step)
+            to_go = (time.monotonic() - begun) / (step - first) * (cfg.steps - step)
             say(step_line(history[-1], cfg.steps, to_go))
             if cfg.verbose:
                 say(all_of(history[-1]))
@@ -401,7 +401,7 @@ def train(cfg, given, run, saved=None):
                 save()
             if stop and step < cfg.steps:
                 say(f"stopped at step {step}; go on with: python train_rl.py --resume {run.path}")
-                return 130
+                return 128 + stop[0]
     return start.finish(cfg, run, state, sampler, env, acting, learning)
 
 
@@ -425,19 +425,19 @@ def main(argv=None):
     if saved:
         cfg = Config(**flags.resumed(Config, saved["config"], given))
     flags.check(cfg, given)
+    if plan:
+        return memory.plan(cfg)
+    run = Run(path) if saved else Run.new(cfg.out)
+    run.occupy()
     try:
-        if plan:
-            return memory.plan(cfg)
-        run = Run(path) if saved else Run.new(cfg.out)
-        try:
-            return train(cfg, given, run, saved)
-        finally:
-            run.forget_if_empty()
-    except BrokenPipeError:                              # `train_rl.py | head`: run_main handles it
-        raise
-    except OSError as e:
-        raise InputError(f"{e.filename or 'a file of the run'}: {e.strerror}; the last checkpoint, "
-                         "if there was one, is untouched") from e
+        return train(cfg, given, run, saved)
+    except OSError as e:                                 # BrokenPipeError: `train_rl.py | head`
+        closed, at = isinstance(e, BrokenPipeError), run.checkpoint
+        what = "the output was closed" if closed else f"{e.filename or 'output'}: {e.strerror}"
+        kept = f"; the last checkpoint, {at}, is untouched" if at.exists() else ""
+        raise InputError(what + kept) from e
+    finally:
+        run.leave()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 `Guard.rewards` grades answers. A task marked `safe` is a bounded parser of ours and runs where it
 is called. Any other (LaTeX, a file of your own) runs in processes of its own, several at a time.
 One that takes too long is killed, which also ends what no signal handler reaches, such as
-10 ** 10 ** 10. What went wrong counts 0 and is said once a kind, with the answer that caused it.
+10 ** 10 ** 10. What went wrong counts 0 and is said once a kind, with the answer that caused it. If
+it goes wrong all the time, the grader is at fault and not the answers: then the run ends.
 
 The children are plain `python -m data.guard NAME`: multiprocessing would import the parent's main
 module, and with it torch, once more in each. They end when the parent does: their standard input
@@ -21,6 +22,7 @@ import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 from data import Problem, input_error
 from data.tasks import make_task
@@ -28,6 +30,7 @@ from data.tasks import make_task
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 START = 120             # seconds that a child may take to begin: on a busy machine sympy takes ten
 MEMORY = 4 << 30        # bytes of address space that a child may take
+FAILURES = 50           # answers without a reward, one after another, that end the run
 
 
 def grade(task, problem, text):
@@ -35,10 +38,13 @@ def grade(task, problem, text):
     try:
         x = task.reward(problem, text)
         if not (hasattr(x, "__float__") and math.isfinite(x)):
-            return f"no finite number: it gave {x!r}"
+            return f"no finite number: it gave {x!r}"[:1000]
         return float(x)
-    except (Exception, SystemExit) as e:                # a grader does not end its process
-        return f"{type(e).__name__}: {e}"
+    except (Exception, SystemExit, GeneratorExit) as e:             # a grader does not end its process
+        try:
+            return f"{type(e).__name__}: {e}"[:1000]
+        except Exception:                               # an error that cannot be put into words
+            return type(e).__name__
 
 
 class Guard:
@@ -46,28 +52,39 @@ class Guard:
     each, at most 4)."""
 
     def __init__(self, task, seconds=5.0, workers=0, say=print):
-        self.task, self.say, self.told = task, say, set()
+        self.task, self.say, self.told, self.failures = task, say, set(), 0
         self.workers, self.children = workers or min(4, os.cpu_count() or 1), queue.Queue()
         if not task.safe:
             for _ in range(self.workers):
                 self.children.put(Child(task.name, seconds))
             self.children.queue[0].start()              # a missing package is an error here and now
+            if (most := allowed()) is not None and most < MEMORY:
+                say(f"note: rewards get {most / 2 ** 30:.1f} GiB of address space a process, as this "
+                    "system allows no more")
 
     def rewards(self, pairs):
         """[(problem, text)] -> a reward each, in their order."""
         if self.task.safe:
             found = [grade(self.task, *pair) for pair in pairs]
         else:
-            with ThreadPoolExecutor(self.workers) as pool:
+            pool = ThreadPoolExecutor(self.workers)
+            try:
                 found = list(pool.map(self._ask, pairs))
+            finally:                                    # after a Ctrl-C the others are not graded
+                pool.shutdown(cancel_futures=True)
         return [self._number(x, text) for x, (_, text) in zip(found, pairs)]
 
     def _ask(self, pair):
         child = self.children.get()
         try:
-            return child.ask(*pair)
+            found = child.ask(*pair)
         finally:
             self.children.put(child)
+        self.failures = 0 if isinstance(found, float) else self.failures + 1
+        if self.failures >= FAILURES:
+            raise input_error(f"the rewards of --task {self.task.name} failed for {FAILURES} answers "
+                              f"one after another, the last time with {found[:200]}")
+        return found
 
     def _number(self, x, text):
         """0 where there is no reward, and a line for the first of its kind."""
@@ -93,12 +110,16 @@ class Child:
         # Where the parent is, since a task's file may open others by relative names. In a session
         # of its own: a Ctrl-C on the terminal is not for it, not even while it begins.
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "data.guard", self.name, str(self.seconds)],
-            env={**os.environ, "PYTHONPATH": path}, start_new_session=True, text=True,
-            encoding="utf-8", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.kill = weakref.finalize(self, kill, self.process)
-        if (said := self.hear(START)) != "ready":
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "data.guard", self.name, str(self.seconds)],
+                env={**os.environ, "PYTHONPATH": path}, start_new_session=True, text=True,
+                encoding="utf-8", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            self.kill = weakref.finalize(self, kill, self.process)
+            said = self.hear(START)
+        except OSError as e:                            # no more processes, no memory
+            said = e.strerror
+        if said != "ready":
             raise input_error(f"the rewards of --task {self.name} cannot begin: {said}")
 
     def ask(self, problem, text):
@@ -119,8 +140,9 @@ class Child:
             said = ""
         timer.cancel()
         timer.join()
-        if said.endswith("\n"):
-            return json.loads(said)
+        with suppress(ValueError):                      # half a line; or the reward wrote there too
+            if isinstance(said := json.loads(said), (float, str)):
+                return said
         late = not self.kill.alive
         self.kill()
         return f"TimeoutError: more than {seconds:g} s" if late else "the grader crashed"
@@ -133,6 +155,23 @@ def kill(process):
     except (AttributeError, OSError):                       # Windows; or nothing is left
         process.kill()
     process.wait()
+
+
+def allowed():
+    """Bytes of address space that a process may have at most, or None: Windows does not say."""
+    with suppress(ImportError):
+        import resource
+        most = resource.getrlimit(resource.RLIMIT_AS)[1]
+        return None if most == resource.RLIM_INFINITY else most
+
+
+def limit_memory():
+    # Windows has no such limit, macOS refuses this one
+    with suppress(ImportError, ValueError, OSError):
+        import resource
+        most = allowed()
+        limit, most = (MEMORY, resource.RLIM_INFINITY) if most is None else (min(most, MEMORY), most)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, most))
 
 
 def serve(name, seconds):
@@ -148,11 +187,7 @@ def serve(name, seconds):
         task.prepare()
     except Exception as e:
         return tell(str(e) or type(e).__name__)
-    try:
-        import resource
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    except ImportError:                                     # Windows
-        pass
+    limit_memory()
     tell("ready")
     nowhere = open(os.devnull, "w")
     for line in sys.stdin.buffer:

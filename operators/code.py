@@ -4,6 +4,7 @@ import ast
 import functools
 import hashlib
 import pathlib
+import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -15,6 +16,19 @@ def debugger():
     if sys.gettrace() or monitored and monitored.get_tool(monitored.DEBUGGER_ID):
         return "a debugger is at work, and a breakpoint in an operator shall stop there"
     return ""
+
+
+@functools.cache
+def has_tools():
+    """Whether cc and git may be called. On a Mac without Apple's developer tools each is a stub
+    that opens a dialog."""
+    if sys.platform != "darwin":
+        return True
+    try:
+        asked = subprocess.run(["xcode-select", "-p"], capture_output=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return asked.returncode == 0
 
 
 @functools.cache

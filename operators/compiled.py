@@ -12,6 +12,7 @@ after, or a debugger is at work, nothing of this is used, and the run says so in
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import pathlib
 import platform
@@ -24,7 +25,7 @@ import tempfile
 import torch
 
 import model
-from operators.code import fingerprint
+from operators.code import fingerprint, has_tools
 from operators.exact import ExactNumerics
 from precision import FORMATS, Numerics
 
@@ -78,27 +79,40 @@ def library(cache):
     per source, compiler, flags and processor. It takes some seconds the first time."""
     if os.environ.get("TENBIT_FAST") == "0":
         return None, "switched off by TENBIT_FAST=0"
+    if os.name == "nt":
+        return None, "on Windows the compiled ones have not been tried"
     try:
         compiler = shlex.split(os.environ.get("CC", ""))
         compiler = compiler or [c for c in map(shutil.which, ("cc", "gcc", "clang")) if c][:1]
-        if not compiler:
+        if not compiler or not has_tools():
             return None, "no C compiler found"
         asked = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=30)
-        path = pathlib.Path(cache) / f"block-{key_of(compiler, asked.stdout)}.so"
+        path = private(cache) / f"block-{key_of(compiler, asked.stdout)}.so"
         seal = path.with_suffix(".sha256")               # a truncated library would end the process
         if not (path.exists() and seal.exists() and seal.read_bytes() == digest(path).encode()):
             compile_c(compiler, path, seal)
         lib = ctypes.CDLL(str(path))
     except (OSError, ValueError, subprocess.SubprocessError) as e:      # ValueError: CC cannot be split
         return None, str(e).splitlines()[0]
-    for kind, name, parameters in re.findall(r"^(void|long) (\w+)\(([^)]*)\)", SOURCE.read_text(), re.M):
+    for kind, name, parameters in re.findall(r"^(void|i64) (\w+)\(([^)]*)\)", SOURCE.read_text(), re.M):
         f = getattr(lib, name)
-        f.restype = {"void": None, "long": ctypes.c_long}[kind]
-        kinds = dict(float=ctypes.c_float, long=ctypes.c_long, format=Format)
+        f.restype = {"void": None, "i64": ctypes.c_int64}[kind]
+        kinds = dict(float=ctypes.c_float, i64=ctypes.c_int64, format=Format)
         f.argtypes = [ctypes.c_void_p if "*" in p else kinds[p.split()[0]]
                       for p in parameters.split(",") if p != "void"]
     keep_memory()
     return lib, ""
+
+
+def private(cache):
+    """A folder in the cache that only this user can write to: what lies there is loaded as code,
+    and others may share the cache."""
+    folder = pathlib.Path(cache) / f"compiled-{os.getuid()}"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    about = folder.stat()
+    if about.st_uid != os.getuid() or about.st_mode & 0o022:
+        raise OSError(f"{folder} can be written to by others")
+    return folder
 
 
 def key_of(compiler, version):
@@ -118,11 +132,12 @@ def digest(path):
 def compile_c(compiler, path, seal):
     # the very OpenMP library that torch has loaded: two of them would fight over the cores
     libs = pathlib.Path(torch.__file__).parent / "lib"
-    openmp = next(iter(sorted(libs.glob("lib[gi]*omp*"))), None)
-    threads = ["-fopenmp", str(openmp), f"-Wl,-rpath,{openmp.parent}"] if openmp else []
-    path.parent.mkdir(parents=True, exist_ok=True)
+    openmp = [f for f in sorted(libs.glob("lib*omp*")) if re.match("lib[gi]?omp", f.name)][:1]
+    # Apple's clang says it in two words. Without OpenMP one thread runs.
+    ways = [[*flag, str(f), f"-Wl,-rpath,{libs}"] for f in openmp
+            for flag in (["-fopenmp"], ["-Xclang", "-fopenmp"])]
     message = ""
-    for march in MARCH:
+    for march, threads in itertools.product(MARCH, [*ways, []]):
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             out = pathlib.Path(folder) / path.name
             command = [*compiler, *FLAGS, march, str(SOURCE), "-o", str(out), *threads, "-lm"]
@@ -205,6 +220,7 @@ class Compiled(Numerics):
     def __init__(self, fmt, lib):
         super().__init__(fmt, "cpu")
         self.lib, self.c_format, self.lanes = lib, Format.of(self.fmt), lib.panel_width()
+        self.operators += "" if lib.parallel() else ", one-threaded"            # no OpenMP was found
         self._panels = {}                                    # (master, for the way back?) -> packed
         self._layers = {}                                    # (model.Block, way back?) -> its Layer
 

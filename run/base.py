@@ -10,6 +10,7 @@ import json
 import math
 import pathlib
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -85,6 +86,14 @@ def cached(name, key):
     return CACHE / name
 
 
+def keep(write):
+    """Write to the cache. One that cannot be written to is no reason to stop."""
+    try:
+        write()
+    except (OSError, InputError) as e:
+        say(f"note: not kept for other runs: {e}")
+
+
 def find_base(cfg, device, env=None):
     """-> the cached base model for these settings or None, the path it has or would have."""
     name = "base-" + cfg.task.rpartition("/")[2].removesuffix(".py")
@@ -110,7 +119,8 @@ def get_base(cfg, device, env):
         f"{model.n_params() / 1e6:.2f} M parameters learn to imitate a noisy demonstrator "
         f"({cfg.base_steps} steps of {cfg.base_batch})")
     train_base(model, env, cfg)
-    save_checkpoint(path, model, config=dict(task=cfg.task, digits=cfg.digits, noise=cfg.noise))
+    config = dict(task=cfg.task, digits=cfg.digits, noise=cfg.noise)
+    keep(partial(save_checkpoint, path, model, config=config))
     return model
 
 
@@ -137,7 +147,7 @@ def train_base(model, env, cfg):
     scaler = make_scaler(num)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.base_lr, betas=(0.9, 0.95), weight_decay=0.0,
                                   fused=True)
-    begin, warmup = time.time(), max(1, cfg.base_steps // 20)
+    begin, warmup = time.monotonic(), max(1, cfg.base_steps // 20)
     for step in range(cfg.base_steps):
         for group in optimizer.param_groups:
             group["lr"] = cfg.base_lr * min((step + 1) / warmup, 1 - step / cfg.base_steps)

@@ -1,10 +1,22 @@
 """run/console.py: command lines whose errors are one line."""
 import argparse
+import os
+import re
+import signal
 import sys
+from contextlib import suppress
 
 import torch
 
 from precision import InputError, nearest
+
+# What ends a program: a cluster that takes its machine back, a terminal that is closed
+ENDING = [getattr(signal, n) for n in ("SIGTERM", "SIGHUP") if hasattr(signal, n)]
+# What a machine may lack, in the words of torch and Python, and in ours
+LACKS = {"DefaultCPUAllocator": "out of memory; lower --micro-batch (training), --rollout-rows or "
+         "--prompts (sampling), or the model",
+         "can't start new thread": "the system allows no more threads (ulimit -u)"}
+LACKS["MemoryError"] = LACKS["DefaultCPUAllocator"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,23 +49,62 @@ def ranged(kind, low, high):
 
 
 def run_main(main):
-    """Run a command: what the user got wrong is one line and exit status 1, without a stack
-    trace."""
-    name = sys.argv[0].rsplit("/", 1)[-1]
+    """Run a command. What the user got wrong, and what the machine lacks, is one line on stderr and
+    an exit status, without a stack trace."""
+    streams()
+    for number in ENDING:
+        if signal.getsignal(number) is signal.SIG_DFL:             # under nohup it is ignored
+            signal.signal(number, interrupt)
     try:
         status = main()
         sys.stdout.flush()                                     # a closed pipe is seen here, not later
-        sys.exit(status)
-    except KeyboardInterrupt:
-        print("\ninterrupted")
-        sys.exit(130)
+    except KeyboardInterrupt as e:
+        leave(128 + (e.args[0] if e.args else signal.SIGINT), "interrupted")
     except InputError as e:
-        print(f"{name}: {e}", file=sys.stderr)
-        sys.exit(1)
+        leave(1, e)
     except torch.OutOfMemoryError as e:
-        print(f"{name}: the GPU is out of memory; lower --micro-batch (training), --rollout-rows or "
-              f"--prompts (sampling), or the model. {str(e).splitlines()[0]}", file=sys.stderr)
-        sys.exit(1)
+        leave(1, "the GPU is out of memory; lower --micro-batch (training), --rollout-rows or "
+              f"--prompts (sampling), or the model. {str(e).splitlines()[0]}")
     except BrokenPipeError:                                                 # `sample.py ... | head`
-        sys.stderr.close()
-        sys.exit(1)
+        leave(1)
+    except OSError as e:
+        leave(1, f"{e.filename or 'output'}: {e.strerror or e}")
+    except (MemoryError, RuntimeError) as e:
+        lacks = [words for said, words in LACKS.items() if said in f"{type(e).__name__}: {e}"]
+        if not lacks:
+            raise
+        leave(1, lacks[0])
+    leave(status)
+
+
+def interrupt(number, _):
+    raise KeyboardInterrupt(number)
+
+
+def streams():
+    """A stream that was closed takes no text. A character that a stream cannot write, under an old
+    locale, is written as its number."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        with suppress(AttributeError):                             # a notebook's
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def silence():
+    """From now on what goes to stdout is dropped: its reader, or its terminal, is gone."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def leave(status, line=""):
+    """End the program, with a line about why. A name of a million characters is cut."""
+    if line:
+        line = re.sub(r"\S{200,}", lambda m: m[0][:80] + "...", " ".join(str(line).split()))[:1000]
+        with suppress(OSError):
+            print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr, flush=True)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        silence()
+    sys.exit(status)

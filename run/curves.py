@@ -3,10 +3,12 @@ gradients, how large is the mismatch?
 
     python -m run.curves out/run1          # draw it again from metrics.jsonl
 """
-import json
 import math
 import pathlib
-import sys
+
+from precision import InputError
+from run.console import Parser, run_main
+from run.folder import read
 
 FEWEST = 10                             # steps that make a curve
 
@@ -14,8 +16,9 @@ FEWEST = 10                             # steps that make a curve
 def draw(folder, mark=0.95):
     """folder: of a run, with its metrics.jsonl. mark: accuracy that the test asks for. Returns a
     line to print."""
-    text = (pathlib.Path(folder) / "metrics.jsonl").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.splitlines()]
+    rows = [*read(pathlib.Path(folder) / "metrics.jsonl")]
+    if not rows or "config" not in rows[0]:
+        raise InputError(f"no metrics.jsonl of a run in {folder}")
     steps, cfg = [r for r in rows if "step" in r], rows[0]["config"]
     result = rows[-1].get("result", {})
     if len(steps) < FEWEST:
@@ -69,5 +72,11 @@ def draw(folder, mark=0.95):
     return f"curves: {path}"
 
 
+def main(argv=None):
+    p = Parser(prog="run.curves", description=__doc__.split("\n\n")[0])
+    p.add_argument("folder", help="of a run")
+    print(draw(p.parse_args(argv).folder))
+
+
 if __name__ == "__main__":
-    print(draw(sys.argv[1]))
+    run_main(main)

@@ -3,6 +3,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import pathlib
 import platform
 import signal
@@ -15,9 +16,10 @@ import numpy as np
 import torch
 
 from data import Problem
-from operators.code import ROOT
+from operators.code import ROOT, has_tools
 from precision import InputError
 from run.checkpoint import load_checkpoint, replacing, save_checkpoint
+from run.console import ENDING, silence
 from run.lines import say
 
 
@@ -40,7 +42,7 @@ class Run:
     def __init__(self, path):
         self.path = pathlib.Path(path)
         self.metrics, self.samples = self.path / "metrics.jsonl", self.path / "samples.jsonl"
-        self.checkpoint = self.path / "checkpoint.pt"
+        self.checkpoint, self.lock = self.path / "checkpoint.pt", None
 
     @classmethod
     def new(cls, out):
@@ -59,8 +61,25 @@ class Run:
                 run.path.mkdir(parents=True)
                 return run
 
-    def forget_if_empty(self):
-        """A run that failed before its first line leaves no folder."""
+    def occupy(self):
+        """Keep the folder to this process: two runs would mix their lines. However the process
+        ends, the lock ends with it. Windows, and some network drives, have none."""
+        try:
+            import fcntl
+        except ImportError:
+            return
+        self.lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another run is at work in {self.path}") from None
+        except OSError:
+            pass
+
+    def leave(self):
+        """Let others have the folder. A run that failed before its first line leaves none."""
+        if self.lock is not None:
+            os.close(self.lock)
         with suppress(OSError):                                                 # not empty
             self.path.rmdir()
 
@@ -139,26 +158,35 @@ def restored(saved):
 
 @contextmanager
 def interruptible():
-    """A first Ctrl-C ends the step, a second one ends at once. Yields a list that is empty until
-    then. Afterwards Ctrl-C means what it meant before."""
-    stop, before = [], None
+    """A first Ctrl-C, SIGTERM or SIGHUP ends the step, a second one ends at once. Yields a list
+    that is empty until then, and has the signal's number afterwards. At the end signals mean what
+    they meant before."""
+    stop, before = [], {}
 
-    def on_interrupt(*_):
-        stop.append(1)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        say("\nstopping after this step (Ctrl-C again: at once)")
+    def on_signal(number, _):
+        stop.append(number)
+        for n, handler in before.items():
+            signal.signal(n, handler)
+        try:
+            say("\nstopping after this step (Ctrl-C again: at once)")
+        except (OSError, RuntimeError):     # the terminal is gone; or a line was just being written
+            silence()
     with suppress(ValueError):                            # only a main thread can handle signals
-        before = signal.signal(signal.SIGINT, on_interrupt)
+        for n in (signal.SIGINT, *ENDING):
+            if signal.getsignal(n) is not signal.SIG_IGN:          # as nohup and `&` ask
+                before[n] = signal.signal(n, on_signal)
     try:
         yield stop
     finally:
-        if before is not None:
-            signal.signal(signal.SIGINT, before)
+        for n, handler in before.items():
+            signal.signal(n, handler)
 
 
 def provenance(cfg, device):
     """The first line of metrics.jsonl: enough to run it again."""
     def ask(*command):
+        if not has_tools():
+            return None
         try:
             return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True,
                                   cwd=ROOT).stdout.strip()

@@ -25,7 +25,7 @@ def clock(seconds):
 
 def to_go(begin, share):
     """What took from the time `begin` until now is this share of all."""
-    spent = time.time() - begin
+    spent = time.monotonic() - begin
     return f"{clock(spent)} spent, {clock(spent / share * (1 - share))} to go"
 
 

@@ -16,7 +16,7 @@ class Meter:
         self.batch, self.answer = batch, batch.rollout.is_answer
         self.logp, self.entropy = torch.zeros_like(batch.rollout.logp), torch.zeros_like(batch.rollout.logp)
         self.sums, self.losses, self.norms, self.gaps, self.routes = {}, [], [], None, {}
-        self.begin = time.time()
+        self.begin = time.monotonic()
 
     def add(self, model, part, t, stats):
         """A micro-batch: the answers `part`, their Tokens t, sums over tokens by name."""
@@ -39,7 +39,7 @@ class Meter:
         return where & (r.logp != logp)
 
     def row(self, step, state, model, scaler, lr, shaped, rollout_seconds):
-        b, tokens, spent = self.batch, int(self.answer.sum()), time.time() - self.begin
+        b, tokens, spent = self.batch, int(self.answer.sum()), time.monotonic() - self.begin
         names = list(self.sums)
         sums = dict(zip(names, torch.stack([self.sums[k].double() for k in names]).tolist()))
         kept = max(1.0, sums["kept"])

@@ -3,6 +3,7 @@ pool, and the order in which they come."""
 import dataclasses
 import json
 import time
+from contextlib import suppress
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from data import draw_problems, stream
 from data.tokenizer import Bytes
 from operators import numerics
 from precision import InputError, parse_format
-from run.base import base_key, cached, code
+from run.base import base_key, cached, code, keep
 from run.checkpoint import replacing
 from run.lines import say, to_go
 from sample import Sampler, solve
@@ -85,12 +86,12 @@ def solved(model, env, pool, cfg, nums):
     path = cached("solved", [base_key(cfg, device, env), code(cfg, "sample.py", "run/problems.py"),
                              TRIES, cfg.temperature, cfg.rollout_rows, cfg.seed, env.answer_length,
                              env.task.system, [dataclasses.astuple(p) for p in pool]])
-    if path.exists():
+    with suppress(OSError, ValueError):                     # not there, or damaged
         return json.loads(path.read_text(encoding="utf-8"))
     num = next((n for n in nums if cfg.model and n.fmt == fmt), None)
     model.use(num or numerics(fmt, device, cfg.fast).hold(model.parameters()))
     sampler = Sampler(model, env.tokenizer.stop, env.tokenizer.pad, cfg.fast)
-    begin, quarters = time.time(), [0]
+    begin, quarters = time.monotonic(), [0]
 
     def progress(share):
         if int(4 * share) > quarters[-1]:
@@ -98,8 +99,11 @@ def solved(model, env, pool, cfg, nums):
             say(f"  choosing {share:4.0%}  {to_go(begin, share)}")
     right = solve(sampler, env, pool, TRIES, (cfg.seed, 2), temperature=cfg.temperature,
                   rows=cfg.rollout_rows, progress=progress)
-    with replacing(path) as f:
-        f.write(json.dumps(right).encode())
+
+    def write():
+        with replacing(path) as f:
+            f.write(json.dumps(right).encode())
+    keep(write)
     return right
 
 

@@ -16,7 +16,7 @@ from run.lines import banner, say, wrapped
 from run.problems import choose_problems
 from sample import solve
 
-STARTED = time.time()
+STARTED = time.monotonic()
 PASS = 0.95                             # training accuracy, as in the paper
 
 
@@ -96,7 +96,7 @@ def finish(cfg, run, state, sampler, env, acting, learning):
             f"test asks for {PASS:.3f}")
     run.log(dict(result=dict(accuracy=accuracy, accuracy_train=learned, heldout_before=state.before,
                              heldout_after=after, kept=len(state.problems), passed=passed,
-                             changed=state.changed, seconds=time.time() - STARTED)))
+                             changed=state.changed, seconds=time.monotonic() - STARTED)))
     if cfg.model:
         base.export(cfg, run.path, sampler.model)
     say(draw(run.path, PASS))
