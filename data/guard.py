@@ -113,7 +113,7 @@ class Child:
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "data.guard", self.name, str(self.seconds)],
-                env={**os.environ, "PYTHONPATH": path}, start_new_session=True, text=True,
+                env={**os.environ, "PYTHONPATH": path}, start_new_session=True,
                 encoding="utf-8", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             self.kill = weakref.finalize(self, kill, self.process)
             said = self.hear(START)
@@ -189,7 +189,7 @@ def serve(name, seconds):
         return tell(str(e) or type(e).__name__)
     limit_memory()
     tell("ready")
-    nowhere = open(os.devnull, "w")
+    nowhere = open(os.devnull, "wb")
     for line in sys.stdin.buffer:
         # This clock runs in C and ends the process while it multiplies, should the parent be gone.
         faulthandler.dump_traceback_later(2 * seconds + 1, exit=True, file=nowhere)

@@ -207,8 +207,8 @@ def memory(row, quick):
     model, rng = pathlib.Path("model"), np.random.default_rng(0)
     weights.save(model, GPT(shape), "bf16")
     if not (model / "tokenizer.json").exists():            # bytes, a part of a large vocabulary
-        config = json.loads((model / "config.json").read_text()) | weights.byte_tokenizer(model)
-        (model / "config.json").write_text(json.dumps(config))
+        config = json.loads((model / "config.json").read_text(encoding="utf-8")) | weights.byte_tokenizer(model)
+        (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
     Sampler.ends = lambda self, tokens: torch.zeros_like(tokens, dtype=torch.bool)
     Env.rewards = lambda self, asked, rollout: rng.integers(0, 2, len(rollout.length)).tolist()
     flags = ["--model", "model", "--task", str(ROOT / "data" / "example_task.py"), "--out", "run",

@@ -384,7 +384,7 @@ def shorter(r, curves):
 def machine():
     """Versions and hardware, for the files in results/."""
     about, cpu = provenance(Config(), pick_device()), pathlib.Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", cpu.read_text()) if cpu.exists() else []
+    names = re.findall(r"model name\s*: (.*)", cpu.read_text(encoding="utf-8")) if cpu.exists() else []
     versions = {k: about[k] for k in ("torch", "numpy", "python", "git", "git_dirty", "device")}
     return dict(date=datetime.date.today().isoformat(), sources=sources(), **versions,
                 machine=f"{os.cpu_count()} cores, {[*names, platform.machine()][0]}")

@@ -71,6 +71,7 @@ def why_plain():
 # on all compilers alike. No math-errno: so that sqrtf is an instruction.
 FLAGS = "-O3 -ffp-contract=fast -fno-math-errno -shared -fPIC".split()
 MARCH = ("-march=native", "-mcpu=native")
+TEXT = dict(encoding="utf-8", errors="replace")                         # what a compiler says
 
 
 @functools.cache
@@ -86,7 +87,7 @@ def library(cache):
         compiler = compiler or [c for c in map(shutil.which, ("cc", "gcc", "clang")) if c][:1]
         if not compiler or not has_tools():
             return None, "no C compiler found"
-        asked = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=30)
+        asked = subprocess.run([*compiler, "--version"], capture_output=True, timeout=30, **TEXT)
         path = private(cache) / f"block-{key_of(compiler, asked.stdout)}.so"
         seal = path.with_suffix(".sha256")               # a truncated library would end the process
         if not (path.exists() and seal.exists() and seal.read_bytes() == digest(path).encode()):
@@ -94,7 +95,8 @@ def library(cache):
         lib = ctypes.CDLL(str(path))
     except (OSError, ValueError, subprocess.SubprocessError) as e:      # ValueError: CC cannot be split
         return None, str(e).splitlines()[0]
-    for kind, name, parameters in re.findall(r"^(void|i64) (\w+)\(([^)]*)\)", SOURCE.read_text(), re.M):
+    declared = r"^(void|i64) (\w+)\(([^)]*)\)"
+    for kind, name, parameters in re.findall(declared, SOURCE.read_text(encoding="utf-8"), re.M):
         f = getattr(lib, name)
         f.restype = {"void": None, "i64": ctypes.c_int64}[kind]
         kinds = dict(float=ctypes.c_float, i64=ctypes.c_int64, format=Format)
@@ -117,11 +119,12 @@ def private(cache):
 
 def key_of(compiler, version):
     try:                                                 # the file holds this very processor's code
-        info = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        info = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = sorted({x for x in info if x.startswith(("model name", "flags", "Features"))})
     except OSError:
         cpu = [platform.processor()]
-    parts = [SOURCE.read_text(), platform.platform(), torch.__version__, torch.__file__, version]
+    parts = [SOURCE.read_text(encoding="utf-8"), platform.platform(), torch.__version__, torch.__file__,
+             version]
     return hashlib.sha256("\n".join(parts + compiler + FLAGS + cpu).encode()).hexdigest()[:12]
 
 
@@ -141,9 +144,9 @@ def compile_c(compiler, path, seal):
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             out = pathlib.Path(folder) / path.name
             command = [*compiler, *FLAGS, march, str(SOURCE), "-o", str(out), *threads, "-lm"]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+            done = subprocess.run(command, capture_output=True, timeout=120, **TEXT)
             if done.returncode == 0 and out.exists():
-                out.with_suffix(".sha256").write_text(digest(out))
+                out.with_suffix(".sha256").write_text(digest(out), encoding="ascii")
                 os.replace(out.with_suffix(".sha256"), seal)  # two runs may compile at the same time
                 os.replace(out, path)
                 return

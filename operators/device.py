@@ -19,7 +19,8 @@ def pick_device(name="auto"):
     except RuntimeError:
         raise InputError(f"unknown device {name[:40]!r}: use auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
-        raise InputError(f"device {name!r} is not supported: use auto, cpu, cuda or cuda:N")
+        why = " (it has no FP64, which the draw of a token takes)" * (device.type == "mps")
+        raise InputError(f"device {name!r} is not supported{why}: use auto, cpu, cuda or cuda:N")
     if device.type == "cuda":
         n = torch.cuda.device_count()
         if (device.index or 0) >= n:

@@ -96,7 +96,7 @@ def keep(write):
 
 def find_base(cfg, device, env=None):
     """-> the cached base model for these settings or None, the path it has or would have."""
-    name = "base-" + cfg.task.rpartition("/")[2].removesuffix(".py")
+    name = "base-" + pathlib.Path(cfg.task).stem
     path = cached(name, base_key(cfg, device, env or load_task(cfg))) / "checkpoint.pt"
     try:
         return load_model(load_checkpoint(path, device), device) if path.exists() else None, path

@@ -50,10 +50,11 @@ class Run:
         refused."""
         if out:
             run = cls(out)
-            if run.metrics.exists() or run.checkpoint.exists():
+            if run.checkpoint.exists() or run.history():
                 raise InputError(f"{out} already holds a run: go on with --resume {out}, or give "
                                  "--out another name")
             run.path.mkdir(parents=True, exist_ok=True)
+            run.metrics.unlink(missing_ok=True)        # of a run that ended before its first checkpoint
             return run
         for n in itertools.count(1):
             with suppress(FileExistsError):
@@ -188,8 +189,8 @@ def provenance(cfg, device):
         if not has_tools():
             return None
         try:
-            return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True,
-                                  cwd=ROOT).stdout.strip()
+            return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=10,
+                                  check=True, cwd=ROOT).stdout.strip()
         except (OSError, subprocess.SubprocessError):
             return None                                              # not a git checkout, or no git
     return dict(
