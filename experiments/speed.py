@@ -284,7 +284,7 @@ def probed(what, size, device):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="ascii")       # the peak is what is held now
+        pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")       # the peak is what is held now
     before = peak_memory(device)
     spent = timed([lambda _: num.token_logprobs(h, w, targets)[0].sum().backward()], 0, device)
     return dict(tokens=N, vocabulary=V, width=C, seconds=float(spent[0]),

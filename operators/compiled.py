@@ -146,7 +146,7 @@ def compile_c(compiler, path, seal):
             command = [*compiler, *FLAGS, march, str(SOURCE), "-o", str(out), *threads, "-lm"]
             done = subprocess.run(command, capture_output=True, timeout=120, **TEXT)
             if done.returncode == 0 and out.exists():
-                out.with_suffix(".sha256").write_text(digest(out), encoding="ascii")
+                out.with_suffix(".sha256").write_text(digest(out), encoding="utf-8")
                 os.replace(out.with_suffix(".sha256"), seal)  # two runs may compile at the same time
                 os.replace(out, path)
                 return

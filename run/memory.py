@@ -116,11 +116,11 @@ def available(device):
         return torch.cuda.mem_get_info(device)[0] + unused
     limits = []
     with suppress(OSError, ValueError, KeyError):
-        lines = pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        lines = pathlib.Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         limits.append(int(dict(x.split(":") for x in lines)["MemAvailable"].split()[0]) * 1024)
         group = pathlib.Path("/sys/fs/cgroup")              # a container's own limit
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-        limits.append(int((group / "memory.max").read_text(encoding="ascii")) - used)
+        used = int((group / "memory.current").read_text(encoding="utf-8"))
+        limits.append(int((group / "memory.max").read_text(encoding="utf-8")) - used)
     if not limits:
         with suppress(AttributeError, ValueError, OSError):                     # Windows has none
             limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

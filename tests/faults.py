@@ -50,6 +50,7 @@ if __name__ == "__main__":
 import numpy.random  # noqa: F401  what a process of another user could not read later
 import torch
 
+import data.guard
 import operators
 import run.base
 import train_rl
@@ -76,7 +77,7 @@ def demonstrate(problem, rng):
 def reward(problem, text):
     import os, pathlib, signal, sys, time
     if os.path.exists("behave.py"):
-        exec(pathlib.Path("behave.py").read_text())
+        exec(pathlib.Path("behave.py").read_text(), {**globals(), **locals()})
     return float(text == problem.answer)
 """
 MARK = "TENBIT_FAULT"                               # an environment variable by which its processes are known
@@ -126,7 +127,7 @@ def main_of_child(argv, inside, cache):
     sys.argv = ["train_rl.py", *argv]
     sys.stdout, sys.stderr = (open(fd, "w", encoding="utf-8", closefd=False) for fd in (1, 2))
     operators.CACHE = run.base.CACHE = cache
-    Guard.__init__.__defaults__ = (0.5, 1, print)
+    Guard.__init__.__defaults__, data.guard.FAILURES = (0.5, 1, print), 8       # within a step of 16
     code = 0
     try:
         inside()
@@ -653,7 +654,7 @@ def graders():
         ended = ends != (0,)
         # for the first time in the second step: what was learned before must stay
         yield Fault(f"grader: {name}", inside=at("rollout", partial(write_behaviour, code)), job="own", ends=ends,
-                    resumes=ended, says=None if name == "prints megabytes" else "")
+                    resumes=ended and 0 not in ends, says=None if name == "prints megabytes" else "")
 
 
 def write_behaviour(code):

@@ -129,7 +129,8 @@ from data.guard import Guard
 from data.tasks import make_task
 guard = Guard(make_task(sys.argv[1], 1, 0.0), 5.0, workers=1)
 H = "__import__('os').system('TEXT OF THE MODEL')"
-texts = [H, "#" + H, "#### " + H, "\\\\boxed{" + H + "}", "#1+" + H, "<<1=1>>" + H, "1+1=2;#" + H, "\\\\boxed{\\\\frac{" + H + "}{2}}",
+texts = [H, "#" + H, "#### " + H, "\\\\boxed{" + H + "}", "#1+" + H, "<<1=1>>" + H,
+         "1+1=2;#" + H, "\\\\boxed{\\\\frac{" + H + "}{2}}",
          "%s{0}" + H, "${" + H + "}", "`" + H + "`", "{{" + H + "}}"]
 print(guard.rewards([(Problem(p, a), t) for t in texts for p, a in PAIRS[sys.argv[1]]]))
 """

@@ -233,7 +233,8 @@ def test_the_c_code_has_no_type_of_another_width_on_windows():
 def test_sizes_are_passed_with_64_bits():
     from operators import CACHE
     lib = code.library(CACHE)[0]
-    kinds = {k for name in ("linear", "pack", "block", "block_back", "draw", "token_logprobs") for k in getattr(lib, name).argtypes}
+    functions = [getattr(lib, name) for name in ("linear", "pack", "block", "block_back", "draw", "token_logprobs")]
+    kinds = {k for f in functions for k in f.argtypes}
     assert kinds <= {ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, code.Format} and ctypes.sizeof(ctypes.c_int64) == 8
 
 
