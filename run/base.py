@@ -100,7 +100,7 @@ def find_base(cfg, device, env=None):
     path = cached(name, base_key(cfg, device, env or load_task(cfg))) / "checkpoint.pt"
     try:
         return load_model(load_checkpoint(path, device), device) if path.exists() else None, path
-    except InputError as e:
+    except (OSError, InputError) as e:
         say(f"base model: {e}; making it again")
         return None, path
 
