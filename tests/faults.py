@@ -47,8 +47,9 @@ from functools import partial
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"             # a fork of a process with more threads would hang
 
-import numpy.random  # noqa: F401  what a process of another user could not read later
+import numpy.random  # noqa: F401  once, and not in every fork: they are imported late
 import torch
+import torch._dynamo
 
 import data.guard
 import operators
@@ -409,7 +410,14 @@ def disk(size):
 
 
 def remount(options):
-    return lambda ctx: subprocess.run(["mount", "-o", f"remount,{options}", str(ctx.folder / "disk")], check=True)
+    def do(ctx):
+        command = ["mount", "-o", f"remount,{options}", str(ctx.folder / "disk")]
+        for _ in range(100):                                    # while a file is open, the system refuses
+            if subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0:
+                return
+            time.sleep(0.01)
+        raise OSError("the disk cannot be remounted")
+    return do
 
 
 def cache_on_disk(ctx):
@@ -458,7 +466,8 @@ def disks():
 
 def folders():
     def gone(ctx):
-        shutil.rmtree(ctx.folder / "out")
+        while (ctx.folder / "out").exists():                    # the run may just be writing into it
+            shutil.rmtree(ctx.folder / "out", ignore_errors=True)
 
     def other(ctx):
         gone(ctx)
