@@ -8,6 +8,7 @@ adapters if asked for.
 import hashlib
 import json
 import math
+import os
 import pathlib
 import time
 
@@ -225,7 +226,8 @@ def open_model(path, device):
     """-> (model, its tokenizer, the settings of the run that made it). path: a run's folder, a
     checkpoint file, or the folder of a Hugging Face checkpoint."""
     path = pathlib.Path(path)
-    if (path / "config.json").exists() and not (path / "checkpoint.pt").exists():
+    here = os.path.exists                                   # False where a name is far too long
+    if here(path / "config.json") and not here(path / "checkpoint.pt"):
         return weights.load(path, device), hf_tokenizer.load_tokenizer(path), dict(model=str(path))
     saved = load_checkpoint(path, device)
     run, tokenizer = saved.get("config", {}), Bytes
