@@ -22,13 +22,10 @@ def reading(path):
     except BaseException as e:
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
-        reason = f"malformed ({type(e).__name__}: {e})"
-        if isinstance(e, OSError):
-            reason = e.strerror or str(e)
-        if isinstance(e, InputError):
-            reason = str(e)
-        said = reason if reason.startswith(str(path)) else f"{path}: {reason}"
-        raise InputError(short(said)) from None
+        why = f"malformed ({type(e).__name__}: {e})"
+        if isinstance(e, (OSError, InputError)):
+            why = getattr(e, "strerror", None) or str(e)
+        raise InputError(short(why if why.startswith(str(path)) else f"{path}: {why}")) from None
 
 
 def short(text, most=290):

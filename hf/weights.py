@@ -91,24 +91,14 @@ def outline(cfg):
                            blocks=(kinds[i in dense].blocks[0] for i in range(cfg.n_layers)))
 
 
-def folder_of(folder):
-    """The folder, if a checkpoint is there."""
-    config_of(folder)
-    return folder
-
-
-def read_config(folder, context=None):
-    """config.json -> GPTConfig. context: the longest sequence that will be needed (default: what
-    the model was made for, up to CONTEXT)."""
-    return described(folder, context)[0]
-
-
 def described(folder, context=None):
     """-> (GPTConfig, {tensor name: file}): what config.json says and what the files hold, compared
     with each other. Only the files' headers are read, and nothing is allocated: whatever the
-    numbers are, an answer is quick."""
+    numbers are, an answer is quick. context: the longest sequence that will be needed (default:
+    what the model was made for, up to CONTEXT)."""
+    folder = pathlib.Path(folder)
     c, where = config_of(folder), files_of(folder)
-    with reading(pathlib.Path(folder) / "config.json"):
+    with reading(folder / "config.json"):
         cfg = gpt_config(c, len(where))
         longest = usable("max_position_embeddings", c.get("max_position_embeddings") or 2048)
         if context is not None and context > longest:
@@ -228,11 +218,7 @@ def write(path, named):
     for name, t in named.items():
         if not torch.isfinite(t).all():
             raise InputError(f"{name} does not fit into {t.dtype}: numbers become infinite")
-    library = safetensors()
-    try:
-        library.torch.save_file(named, str(path), metadata=dict(format="pt"))
-    except library.SafetensorError as e:                 # its word for a full disk
-        raise InputError(short(f"cannot write {path}: {e}")) from None
+    safetensors().torch.save_file(named, str(path), metadata=dict(format="pt"))
     path.chmod(0o644)                                    # the library leaves it to its owner alone
 
 
@@ -253,8 +239,8 @@ def new_folder(path, replace=False):
         if path.exists():
             shutil.rmtree(path)
         os.replace(partial, path)
-    except OSError as e:
-        raise InputError(short(f"cannot write {path}: {e.strerror}")) from None
+    except (OSError, safetensors().SafetensorError) as e:
+        raise InputError(short(f"cannot write {path}: {getattr(e, 'strerror', e)}")) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

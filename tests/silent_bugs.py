@@ -45,14 +45,14 @@ def bug(name, file, old, new, seen, *tests):
 # Problems and rewards
 
 bug("held-out problems in the pool", "run/problems.py",
-    "draw_problems(task, count, rng, drawn)",
+    "draw_problems(task, count, rng, drawn, others)",
     "draw_problems(task, count, rng)",
     "Held-out accuracy is partly training accuracy: memorising looks like learning.",
     "test_train.py::test_no_held_out_problem_is_in_the_pool")
 
 bug("held-out lines are trained on", "run/problems.py",
-    "heldout, rows = rows[:count], rows[count:]",
-    "heldout = rows[:count]",
+    "pool = [p for p in rows if p.prompt not in asked][:cfg.pool or None]",
+    "pool = rows[:cfg.pool or None]",
     "Every held-out problem of a file is trained on as well.",
     "test_train.py::test_no_held_out_problem_is_in_the_pool")
 
