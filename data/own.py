@@ -33,8 +33,7 @@ SLACK = 1.25                            # a drawn problem may be longer than tho
 
 
 def load_own(path):
-    """The file -> a task. What is wrong with it is one line, with the file's own line where it has
-    one."""
+    """The file -> a task. What is wrong with it is one line, with the number of the file's own."""
     file = pathlib.Path(os.path.realpath(path))
     if not os.path.isfile(file):                                          # a pipe would wait for ever
         raise input_error(f"--task {path} cannot be read: No such file")
@@ -87,8 +86,7 @@ def fit(is_it, name, x, wanted):
 
 def text(name, x):
     """A plain str: one of a class of its own could not be saved. A lone surrogate raises."""
-    fit(isinstance(x, str) and (x or name != "prompt"), name, x, "a text")
-    x = str.__str__(x)
+    x = str.__str__(fit(isinstance(x, str) and (x or name != "prompt"), name, x, "a text"))
     x.encode()
     return x
 

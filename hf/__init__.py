@@ -4,13 +4,24 @@ and tokenizers; transformers and peft, which write such folders, are compared wi
 A folder comes from anyone. What is wrong with it is one line, and nothing in it is opened but
 regular files.
 """
+import importlib
 import json
 import os
+import sys
 from contextlib import contextmanager
 
 from precision import InputError
 
 LARGEST = 1 << 28                   # bytes of a JSON file: the largest tokenizers have a tenth of it
+
+
+def package(name):
+    """safetensors or tokenizers; models from scratch do without."""
+    try:
+        importlib.import_module(name)
+        return sys.modules[name.partition(".")[0]]
+    except ImportError:
+        raise InputError(f"a real model's folder needs {name}: pip install -e '.[hf]'") from None
 
 
 @contextmanager

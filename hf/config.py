@@ -21,6 +21,7 @@ FIELDS = dict(vocab_size="vocab_size", n_layers="num_hidden_layers", width="hidd
 EXPERTS = dict(n_experts="num_experts", experts_per_token="num_experts_per_tok",
                expert_width="moe_intermediate_size", norm_topk="norm_topk_prob")
 LLAMA3 = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+ROPES = {"default": (), "llama3": LLAMA3}
 
 
 def config_of(folder):
@@ -42,34 +43,22 @@ def usable(name, value, kind=int):
 
 
 def rope_of(c):
-    """The entries of rope_scaling (older), rope_parameters (newer) and rope_theta as one dict. What
-    one says and another contradicts, or what would be ignored, is refused."""
-    rope = {}
-    for entry in ({k: c[k] for k in ("rope_theta", "partial_rotary_factor") if k in c},
-                  c.get("rope_scaling", {}), c.get("rope_parameters", {})):
+    """The entries of rope_scaling (older), rope_parameters (newer) and the config itself as one
+    dict. What one says and another contradicts is refused."""
+    rope = {k: c[k] for k in ("rope_theta", "partial_rotary_factor") if k in c}
+    for entry in c.get("rope_scaling", {}), c.get("rope_parameters", {}):
         for k, value in entry.items():
             k = "rope_type" if k == "type" else k
             if rope.setdefault(k, value) != value:
                 raise InputError(f"two values for the rope's {k}: {rope[k]!r} and {value!r}")
-    kind = rope.pop("rope_type", "default")
-    if kind not in ("default", "llama3"):
-        raise InputError(f"rope type {kind!r} (known: llama3); not supported")
-    if rope.pop("partial_rotary_factor", 1) != 1:
-        raise InputError("partial_rotary_factor; not supported")
-    theta = usable("rope_theta", rope.pop("rope_theta", 10_000.0), float)
-    if other := rope.keys() - {*LLAMA3} if kind == "llama3" else rope:
-        raise InputError(f"rope type {kind!r} has no {min(other)}; not supported")
-    llama3 = [usable(k, rope.get(k), float) for k in LLAMA3 if kind == "llama3"]
-    if llama3 and llama3[1] >= llama3[2]:
-        raise InputError("no usable value for low_freq_factor: it is not below high_freq_factor")
-    return dict(rope_theta=theta, rope_llama3=llama3)
+    return dict(rope_type="default", rope_theta=10_000.0, partial_rotary_factor=1) | rope
 
 
 def gpt_config(c, there):
     """A config.json's dict -> GPTConfig. there: how many tensors the files hold."""
     c = {k: v for k, v in c.items() if v is not None}
-    kind, act = c.get("model_type"), c.get("hidden_act", "silu")
-    quantised = c.get("quantization_config", {})
+    kind, act, rope = c.get("model_type"), c.get("hidden_act", "silu"), rope_of(c)
+    rope_type, quantised = rope.pop("rope_type"), c.get("quantization_config", {})
     sliding = c.get("use_sliding_window") or {*c.get("layer_types", ())} - {"full_attention"}
     for refused, why in (
             (kind not in FAMILIES, f"model_type {kind!r} (known: {', '.join(FAMILIES)})"),
@@ -77,16 +66,22 @@ def gpt_config(c, there):
             (sliding, "sliding-window attention"),
             (act != "silu", f"hidden_act {act!r} (known: silu)"),
             (c.get("attention_bias"), "attention_bias true"),
-            (c.get("mlp_bias"), "mlp_bias true")):
+            (c.get("mlp_bias"), "mlp_bias true"),
+            (rope_type not in ROPES, f"rope type {rope_type!r} (known: llama3)"),
+            (rope.pop("partial_rotary_factor") != 1, "partial_rotary_factor")):
         if refused:
             raise InputError(f"{why}; not supported")
+    theta, *llama3 = [usable(k, rope.pop(k, 0), float) for k in ("rope_theta", *ROPES[rope_type])]
+    if rope:                                                # it would be ignored
+        raise InputError(f"rope type {rope_type!r} has no {min(rope)}; not supported")
+    if llama3 and llama3[1] >= llama3[2]:
+        raise InputError("no usable value for low_freq_factor: it is not below high_freq_factor")
     _, qkv_bias, qk_norm, moe = FAMILIES[kind]
     # What is meant where a file says nothing
     c = dict(rms_norm_eps=1e-6, tie_word_embeddings=False, num_experts=c.get("num_local_experts"),
-             num_key_value_heads=c.get("num_attention_heads"), norm_topk_prob=False) | c
-    if kind == "qwen3":
-        c = dict(head_dim=128) | c
-    names = {**FIELDS, **(EXPERTS if moe else {})}
+             num_key_value_heads=c.get("num_attention_heads"), norm_topk_prob=False,
+             **dict(head_dim=128) if kind == "qwen3" else {}) | c
+    names = FIELDS | (EXPERTS if moe else {})
     fields = {ours: usable(theirs, c.get(theirs), GPTConfig.__annotations__[ours])
               for ours, theirs in names.items() if ours != "head_dim" or theirs in c}
     for ours in ("n_layers", "n_experts"):
@@ -96,7 +91,8 @@ def gpt_config(c, there):
         step = usable("decoder_sparse_step", c.get("decoder_sparse_step", 1))
         dense = {i for i in range(fields["n_layers"]) if (i + 1) % step}
         fields["dense_layers"] = sorted(dense.union(c.get("mlp_only_layers", ())))
-    cfg = GPTConfig(**fields, **rope_of(c), qkv_bias=qkv_bias, qk_norm=qk_norm)
+    cfg = GPTConfig(**fields, rope_theta=theta, rope_llama3=llama3, qkv_bias=qkv_bias,
+                    qk_norm=qk_norm)
     usable("head_dim", cfg.head_dim)
     return cfg
 
@@ -118,8 +114,7 @@ def write_config(cfg, dtype, like=None):
         rope_parameters=dict(rope, rope_theta=cfg.rope_theta),                       # newer ones
         dtype=str(dtype).removeprefix("torch."))
     out.pop("torch_dtype", None)
-    names = FIELDS
     if cfg.n_experts:
         out |= dict(mlp_only_layers=list(cfg.dense_layers), decoder_sparse_step=1)
-        names = FIELDS | EXPERTS
+    names = FIELDS | (EXPERTS if cfg.n_experts else {})
     return out | {theirs: getattr(cfg, ours) for ours, theirs in names.items()}

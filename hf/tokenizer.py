@@ -17,7 +17,7 @@ import re
 from contextlib import contextmanager
 from pathlib import Path
 
-from hf import read_json, reading
+from hf import package, read_json, reading
 from precision import InputError, nearest
 
 # How a problem is put to the model: the system prompt, if there is one, and the user's message up
@@ -52,7 +52,7 @@ class HFTokenizer:
     def __init__(self, path, most=math.inf):
         """path: a tokenizer.json. most: ids that its model knows. Raises InputError if a prompt or
         a text would come out wrong."""
-        self.path, library = path, tokenizers()
+        self.path, library = path, package("tokenizers")
         with reading(path):
             # truncation and padding are for batches: a prompt is used whole
             spec = read_json(path) | dict(truncation=None, padding=None)
@@ -78,8 +78,7 @@ class HFTokenizer:
             self._tokens = {i: t for i, t in self._tokens.items() if i < most}
             self._added = {t: i for t, i in self._added.items() if i < most}
             if (largest := max(text_only["model"]["vocab"].values())) >= most:
-                raise InputError(f"it has a token {largest}, and its model has {most}: they are not "
-                                 "of one kind")
+                raise InputError(f"it has a token {largest}, its model knows {most} of them")
             self._decoder = self._whole.decoder or library.decoders.ByteLevel()
             a = self._whole.encode("a")
             self.bos = tuple(a.ids[:a.special_tokens_mask.index(0)])
@@ -193,16 +192,6 @@ def load_tokenizer(folder, form="auto"):
             template = about.get("chat_template") or any(file.exists() for file in files)
             tok.speak(_form(form, tok, template))
     return tok
-
-
-def tokenizers():
-    """The library; models from scratch do without."""
-    try:
-        import tokenizers
-    except ImportError:
-        raise InputError("reading a model's tokenizer.json needs the package tokenizers: "
-                         "pip install -e '.[hf]'") from None
-    return tokenizers
 
 
 def _text_only(spec, library):

@@ -5,9 +5,7 @@
     save_adapter(...)                LoRA in PEFT's format
     health(model, tokens)            how near its activations come to a format's end
 
-What this GPT cannot compute is refused by name: a checkpoint loaded nearly right gives answers that
-are nearly right, without a sign of it. Only safetensors are read; a pytorch_model.bin is a pickle,
-and a pickle is a program.
+Only safetensors are read; a pytorch_model.bin is a pickle, and a pickle is a program.
 """
 import hashlib
 import json
@@ -18,14 +16,12 @@ import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
-from types import SimpleNamespace
 
 import torch
 
 from data.tokenizer import PAD, STOP, TOKENIZER
-from hf import reading, regular, short
+from hf import package, reading, regular, short
 from hf.config import config_of, gpt_config, usable, write_config
-from hf.tokenizer import tokenizers
 from model import GPT, Adapter
 from precision import InputError, Numerics
 
@@ -40,24 +36,16 @@ CONTEXT = 1 << 17                           # positions that have rotations read
 MAPPED = 2 << 20                            # bytes of a file in memory at a time, when reading
 
 
-def safetensors():
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise InputError("reading and writing real checkpoints needs safetensors: "
-                         "pip install -e '.[hf]'") from None
-    return safetensors
-
-
 # --------------------------------------------------------------------------------------------------
 # Tensors: which of theirs is which part of ours
 
 
-def tensors(model):
-    """-> (their name, the part of our master weight that it is, a view), in their order."""
+def tensors(model, blocks=None):
+    """-> (their name, the part of our master weight that it is, a view), in their order. blocks:
+    see `outline`."""
     c = model.cfg
     yield "model.embed_tokens.weight", model.embedding
-    for i, b in enumerate(model.blocks):
+    for i, b in enumerate(blocks or model.blocks):
         layer = f"model.layers.{i}"
         yield f"{layer}.input_layernorm.weight", b.norm1
         for product, parts in b.parts().items():
@@ -82,13 +70,12 @@ def tensors(model):
 
 
 def outline(cfg):
-    """What `tensors` needs of a GPT, without memory. All blocks of a kind are the same one, so a
-    thousand layers take no longer than two."""
+    """What `tensors` would give of this GPT, without memory. All blocks of a kind are the same one,
+    so a thousand layers take no longer than two."""
     kinds = [GPT(replace(cfg, n_layers=1, context=1, dense_layers=dense), "meta", seed=None)
              for dense in ((), (0,))]
-    model, dense = kinds[0], {*cfg.dense_layers}
-    return SimpleNamespace(cfg=cfg, embedding=model.embedding, norm=model.norm, head=model.head,
-                           blocks=(kinds[i in dense].blocks[0] for i in range(cfg.n_layers)))
+    dense = {*cfg.dense_layers}
+    return tensors(kinds[0], (kinds[i in dense].blocks[0] for i in range(cfg.n_layers)))
 
 
 def described(folder, context=None):
@@ -106,7 +93,7 @@ def described(folder, context=None):
                              "that it was made for: lower --max-answer, or leave out the longest "
                              "problems")
         cfg = replace(cfg, context=context or min(longest, CONTEXT))
-        expected = tensors(outline(cfg))
+        expected = outline(cfg)
     with reading(folder):
         compare(expected, where, cfg.tied_head)
     return cfg, where
@@ -130,10 +117,11 @@ def files_of(folder):
 
 def opened(path):
     """safe_open, with an error that names the file."""
-    library = safetensors()
+    library = package("safetensors")
     with reading(path):
+        open(regular(path), "rb").close()               # the library says "not found" for "may not"
         try:
-            return library.safe_open(str(regular(path)), "pt")
+            return library.safe_open(str(path), "pt")
         except (OSError, library.SafetensorError) as e:
             raise InputError(f"no complete safetensors file: {e}") from None
 
@@ -218,7 +206,7 @@ def write(path, named):
     for name, t in named.items():
         if not torch.isfinite(t).all():
             raise InputError(f"{name} does not fit into {t.dtype}: numbers become infinite")
-    safetensors().torch.save_file(named, str(path), metadata=dict(format="pt"))
+    package("safetensors.torch").torch.save_file(named, str(path), metadata=dict(format="pt"))
     path.chmod(0o644)                                    # the library leaves it to its owner alone
 
 
@@ -239,7 +227,7 @@ def new_folder(path, replace=False):
         if path.exists():
             shutil.rmtree(path)
         os.replace(partial, path)
-    except (OSError, safetensors().SafetensorError) as e:
+    except (OSError, RecursionError, package("safetensors").SafetensorError) as e:
         raise InputError(short(f"cannot write {path}: {getattr(e, 'strerror', e)}")) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -248,7 +236,7 @@ def new_folder(path, replace=False):
 def byte_tokenizer(folder):
     """tokenizer.json for a model from scratch, whose tokens are bytes -> what its config.json has
     to say of it."""
-    library = tokenizers()
+    library = package("tokenizers")
     letters = sorted(library.pre_tokenizers.ByteLevel.alphabet())     # GPT-2's letters for bytes:
     printable = [ord(c) for c in letters if ord(c) < 256]             # a printable byte is its own,
     others = [b for b in range(256) if b not in printable]            # the others follow in order

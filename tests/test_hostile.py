@@ -11,6 +11,7 @@ import pickle
 import shutil
 import signal
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from conftest import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import sample
 import train_rl
 from data import Problem, draw_problems, load_problems, own, stream
 from data.env import Env
@@ -25,6 +27,7 @@ from data.tasks import make_task
 from hf import weights
 from hf.tokenizer import load_tokenizer
 from precision import InputError
+from run.base import load_task, open_model
 from run.problems import choose_problems
 
 st_lib = pytest.importorskip("safetensors.torch")
@@ -397,6 +400,13 @@ def test_an_index_that_points_outside_is_not_followed(folders, tmp_path):
         refused(f"has no tensor {name}", weights.load, tmp_path / "m")
 
 
+def test_a_tensor_in_two_files_is_refused(folders, tmp_path):
+    """Which one counts would be chance."""
+    shutil.copytree(folders["llama"][0], tmp_path / "m")
+    st_lib.save_file({"model.norm.weight": torch.ones(16)}, tmp_path / "m" / "another.safetensors")
+    refused("model.norm.weight is in another file as well", weights.load, tmp_path / "m")
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
                                   "generation_config.json"])
 def test_only_regular_files_of_a_folder_are_opened(name, folders, tmp_path):
@@ -414,6 +424,47 @@ def test_only_regular_files_of_a_folder_are_opened(name, folders, tmp_path):
     refused("m", used, tmp_path / "m")
 
 
+def test_paths_that_cannot_be(folders, tmp_path, monkeypatch):
+    """Names of 300 characters, a file where a folder should be: of --model, and of `sample.py --save`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("x")
+    sound, (model, *_) = str(folders["llama"][0]), open_model(folders["llama"][0], "cpu")
+    for path in ("n" * 300, "n" * 5000, "file", "file/below", "a/" * 2000, "/dev/null"):
+        refused("is not there: a model is a folder" if len(path) < 250 else "", weights.load, path)
+        refused("", load_task, train_rl.Config(model=path))
+        refused("exists already" if path in ("file", "/dev/null") else "cannot write", weights.save, path, model)
+    monkeypatch.setattr("sys.argv", ["sample.py"])
+    refused("cannot write file/below: Not a directory", sample.main, ["--model", sound, "--save", "file/below"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="asks for another user's rights")
+def test_folders_without_permission(folders, tmp_path):
+    shutil.copytree(folders["llama"][0], tmp_path / "m")
+    model = weights.load(tmp_path / "m")
+    for name in ("config.json", "tokenizer.json", "model.safetensors", ""):
+        other = tmp_path / "m" / name
+        mode = other.stat().st_mode
+        other.chmod(0)
+        with as_nobody(tmp_path):
+            refused("m/" + name if name else "is not there", used, tmp_path / "m")
+            refused("cannot write", weights.save, tmp_path / "m" / "below" if not name else tmp_path / "new", model)
+        other.chmod(mode)
+
+
+@contextmanager
+def as_nobody(folder):
+    """Root may read everything: for a while this process is another user, who can come as far as this folder."""
+    root = os.geteuid() == 0
+    for path in [folder, *folder.parents][:-2]:
+        path.chmod(0o755) if root or path == folder else None
+    os.seteuid(65534) if root else folder.chmod(0o555)
+    try:
+        yield
+    finally:
+        os.seteuid(0) if root else folder.chmod(0o755)
+
+
 def test_tokens_beyond_the_vocabulary_are_as_if_not_there(folders, tmp_path):
     """Of a chat form, for padding, and before a text: they were an IndexError in the embedding."""
     from test_tokenizer import CHATML, TEMPLATE, N, load, qwen
@@ -422,7 +473,7 @@ def test_tokens_beyond_the_vocabulary_are_as_if_not_there(folders, tmp_path):
     assert tokenizer.pad < N + 1 == tokenizer.n_vocab
     for more, words in ((dict(tokenizer_config=TEMPLATE), "chat template is of no family"),
                         (dict(config=dict(eos_token_id=N + 2, vocab_size=N)), f"the token {N + 2}, which is not"),
-                        (dict(config=dict(eos_token_id=0, vocab_size=N // 2)), "are not of one kind")):
+                        (dict(config=dict(eos_token_id=0, vocab_size=N // 2)), "its model knows")):
         config = dict(config=dict(eos_token_id=0, vocab_size=N))
         refused(words, lambda c: load(tmp_path / "b", qwen(), **c), config | more)
         shutil.rmtree(tmp_path / "b")
