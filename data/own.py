@@ -26,7 +26,7 @@ import numpy as np
 
 from data import Problem, Task, input_error
 
-MOST = 10 ** 6                          # problems that a file may give
+MOST = 10 ** 6                          # problems that a file may give, and tokens of each
 LONG = 10                               # seconds after which a line says what takes so long
 MEASURED = 500                          # problems whose lengths are measured
 SLACK = 1.25                            # a drawn problem may be longer than those
@@ -154,7 +154,7 @@ class Own(Task):
                     answers.append(len(answer.encode()) + 1)
         for name, longest in (("prompt_length", max(prompts)), ("answer_length", max(answers))):
             length = self.functions.get(name, int(SLACK * longest))
-            if type(length) is not int or length < 1:
-                raise input_error(f"{self.file}: {name} is {length!r}, not a number of tokens")
+            with told(self.file):
+                fit(type(length) is int and 0 < length <= MOST, name, length, "a number of tokens")
             setattr(self, name, length)
         return self

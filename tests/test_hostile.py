@@ -11,6 +11,7 @@ import pickle
 import shutil
 import signal
 import time
+import traceback
 from contextlib import contextmanager
 
 import pytest
@@ -56,6 +57,8 @@ def outcome(kind, call, *args):
     except InputError as e:
         got, said = None, str(e)
         assert 5 < len(said) <= 300 and "\n" not in said and "Traceback" not in said, said[:1000]
+    except BaseException as e:                             # told here: pytest would print the hostile objects
+        raise AssertionError("".join(traceback.format_tb(e.__traceback__)) + type(e).__name__) from None
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
@@ -131,9 +134,9 @@ GOOD = dict(gsm8k=("q", "#### 7"), math=("q", "\\boxed{7}"), countdown=("3,4,7=2
 @st.composite
 def lines_of(draw, name):
     good = json.dumps(dict(zip(("question", "answer"), GOOD[name])))
-    rows = [json.dumps(row) if draw(st.booleans()) else good for row in draw(st.lists(ROW, max_size=4))]
+    rows = [good if draw(st.integers(0, 2)) else json.dumps(draw(ROW)) for _ in range(draw(st.integers(0, 4)))]
     content = draw(st.sampled_from(["\n", "\r\n", "\n\n", "\r"])).join(rows).encode()
-    content = draw(st.sampled_from([content, b"\xef\xbb\xbf" + content, content.decode().encode("utf-16")]))
+    content = draw(st.sampled_from([content, content, b"\xef\xbb\xbf" + content, content.decode().encode("utf-16")]))
     return draw(damaged(content)) if draw(st.integers(0, 2)) == 0 else content
 
 
