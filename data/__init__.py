@@ -17,12 +17,14 @@ A model that can read (--model) is asked problems of a data set:
 `class Task` has what a task leaves out. Ours are data/addition.py, the smallest data/reverse.py.
 """
 import json
+import os
 import pathlib
 from dataclasses import dataclass
 
 import numpy as np
 
 FETCHED = pathlib.Path(__file__).resolve().parent / "fetched"
+LARGEST = 1 << 30                                                     # bytes of a file of problems
 NAMES = ("question", "problem", "prompt"), ("answer", "solution")     # of the two texts of a line
 
 
@@ -52,9 +54,11 @@ class Task:
 
 
 def input_error(message):
-    """A precision.InputError. Imported late: a process that only grades does well without torch."""
+    """A precision.InputError of one line, without its middle where it quotes a long text. Imported
+    late: a process that only grades does well without torch."""
     from precision import InputError
-    return InputError(message)
+    cut = message if len(message) <= 290 else f"{message[:175]} ... {message[-110:]}"
+    return InputError(" ".join(cut.split()))
 
 
 def seed_of(key):
@@ -88,8 +92,8 @@ def uniforms(key, problems, samples, length):
     return out
 
 
-def draw_problems(task, n, rng, exclude=()):
-    """n different problems of the task, none with a prompt in `exclude`."""
+def draw_problems(task, n, rng, exclude=(), others="others"):
+    """n different problems of the task, none with a prompt in `exclude`. others: what these are."""
     found = {}
     for _ in range(100 * n):
         p = task.problem(rng)
@@ -98,32 +102,35 @@ def draw_problems(task, n, rng, exclude=()):
             if len(found) == n:
                 return list(found.values())
     raise input_error(f"the task has too few different problems for {n} of them and {len(exclude)} "
-                      "others: more --digits, or fewer of them (--pool, --heldout, --problems)")
+                      f"{others}: more --digits, or fewer of them (--pool, --heldout, --problems)")
 
 
-def load_problems(path, answer=lambda key, text: text):
+def load_problems(path, answer=lambda key, text: text, check=lambda prompt: None):
     """Problems from a JSON Lines file: {"prompt": "...", "answer": "..."} a line, or with other
-    NAMES. answer(key, text): what of the second text is the answer; its ValueError says what is
-    wrong with the line."""
-    if not pathlib.Path(path).is_file():                          # a pipe would wait for ever
+    NAMES. answer(key, text): what of the second text is the answer. Its ValueError, or that of
+    check(first text), says what is wrong with the line."""
+    if not os.path.isfile(path):                                  # a pipe would wait for ever
         raise input_error(f"cannot read {path}: there is no such file")
+    if os.path.getsize(path) > LARGEST:
+        raise input_error(f"{path}: larger than {LARGEST >> 30} GiB")
+    problems, i = [], 0
     try:
-        lines = pathlib.Path(path).read_text("utf-8-sig").split("\n")
+        with open(path, encoding="utf-8-sig", newline="\n") as lines:
+            for line in lines:
+                i += 1
+                if line.strip():
+                    (key, question), (name, worked) = texts(json.loads(line))
+                    if not question.strip():
+                        raise ValueError(f"the {key} is empty")
+                    check(question)
+                    problems.append(Problem(question, answer(name, worked)))
     except OSError as e:
         raise input_error(f"cannot read {path}: {e.strerror}") from None
     except UnicodeDecodeError as e:
-        raise input_error(f"{path}: not UTF-8 text (byte {e.start})") from None
-    problems = []
-    for i, line in enumerate(lines, 1):
-        try:
-            if line.strip():
-                (key, question), (name, worked) = texts(json.loads(line))
-                if not question.strip():
-                    raise ValueError(f"the {key} is empty")
-                problems.append(Problem(question, answer(name, worked)))
-        except (ValueError, RecursionError) as e:    # a thousand brackets, a number of 5,000 digits
-            why = f"not JSON ({e.msg})" if isinstance(e, json.JSONDecodeError) else e
-            raise input_error(f"{path} line {i}: {why}") from None
+        raise input_error(f"{path}: not UTF-8 text after line {i}: {e.reason}") from None
+    except (ValueError, RecursionError) as e:    # a thousand brackets, a number of 5,000 digits
+        why = f"not JSON ({e.msg})" if isinstance(e, json.JSONDecodeError) else e
+        raise input_error(f"{path} line {i}: {why}") from None
     if not problems:
         raise input_error(f"{path}: no problems in it")
     return problems
@@ -135,6 +142,7 @@ def texts(row):
         name = next((n for n in names if isinstance(row, dict) and isinstance(row.get(n), str)), "")
         if not name:
             raise ValueError(f'no text under "{names[0]}" (or {", ".join(names[1:])})')
+        row[name].encode()                            # a lone surrogate has no bytes: ValueError
         yield name, row[name]
 
 

@@ -13,65 +13,96 @@ for a model from scratch.
 file is run as any program that you start. Its reward runs in processes of its own, under a time
 limit.
 """
+import os
 import pathlib
+import reprlib
+import sys
+import threading
 import traceback
+from contextlib import contextmanager
+from itertools import islice
 
 import numpy as np
 
 from data import Problem, Task, input_error
 
+MOST = 10 ** 6                          # problems that a file may give, and tokens of each
+LONG = 10                               # seconds after which a line says what takes so long
 MEASURED = 500                          # problems whose lengths are measured
 SLACK = 1.25                            # a drawn problem may be longer than those
 
 
 def load_own(path):
-    """The file -> a task. What is wrong with it is one line, with the file's own line where it has
-    one."""
-    file = pathlib.Path(path).resolve()
+    """The file -> a task. What is wrong with it is one line, with the number of the file's own."""
+    file = pathlib.Path(os.path.realpath(path))
+    if not os.path.isfile(file):                                          # a pipe would wait for ever
+        raise input_error(f"--task {path} cannot be read: No such file")
     space = {"__name__": file.stem, "__file__": str(file)}
-    try:
-        source = file.read_bytes()
-    except OSError as e:
-        raise input_error(f"--task {path} cannot be read: {e.strerror}") from None
-    try:
-        exec(compile(source, str(file), "exec"), space)     # the user's program, not a model's text
-    except SyntaxError as e:
-        raise input_error(f"{path} line {e.lineno}: {e.msg}") from None
-    except Exception as e:
-        raise input_error(told(e, file)) from None
+    with patience(file), told(file):                        # the user's program, no model's text
+        exec(compile(file.read_bytes(), str(file), "exec"), space)
     return Own(file, space)
 
 
-def told(error, file):
-    """An error of the user's file in one line, with the last of the file's lines that it came
-    through."""
-    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
-    where = f"{file} line {lines[-1]}" if lines else file
-    return f"{where}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+@contextmanager
+def told(file, function=None):
+    """An error of the user's file becomes one line, with the last of the file's lines that it came
+    through. Also one that would end this program as if all were well, such as sys.exit(0)."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as e:
+        lines = [f.lineno for f in traceback.extract_tb(e.__traceback__) if f.filename == str(file)]
+        try:
+            said = f"{type(e).__name__}: {e}"
+        except BaseException:                                       # its own __str__ raises as well
+            said = type(e).__name__
+        if isinstance(e, SyntaxError) and e.filename == str(file):
+            lines, said = [e.lineno], e.msg
+        elif not lines and hasattr(function, "__code__"):
+            lines = [function.__code__.co_firstlineno]
+        where = f"{file} line {lines[-1]}" if lines else file
+        raise input_error(f"{where}: {said}") from None
+
+
+@contextmanager
+def patience(file):
+    """A line when the user's file takes long. A limit would end what is slow and right."""
+    said = f"note: {file} has been at work for {LONG} s; Ctrl-C ends it"
+    note = threading.Timer(LONG, print, [said], dict(file=sys.stderr, flush=True))
+    note.daemon = True
+    note.start()
+    try:
+        yield
+    finally:
+        note.cancel()
 
 
 def fit(is_it, name, x, wanted):
     if not is_it:
-        raise TypeError(f"{name} gave {repr(x)[:99]}, not {wanted}")
+        raise TypeError(f"{name} gave {reprlib.repr(x)}, not {wanted}")
     return x
 
 
 def text(name, x):
-    return fit(isinstance(x, str) and (x or name != "prompt"), name, x, "a text")
+    """A plain str: one of a class of its own could not be saved. A lone surrogate raises."""
+    x = str.__str__(fit(isinstance(x, str) and (x or name != "prompt"), name, x, "a text"))
+    x.encode()
+    return x
 
 
 def pair(name, x):
-    if isinstance(x, Problem):
-        return x
+    x = (x.prompt, x.answer) if isinstance(x, Problem) else x
     texts = isinstance(x, (tuple, list)) and all(isinstance(t, str) for t in x)
     fit(texts and len(x) == 2 and x[0].strip(), name, x, "a pair of texts (question, answer)")
-    return Problem(*map(str, x))
+    return Problem(*(text(name, t) for t in x))
 
 
 def pairs(name, x):
-    rows = [pair(name, row) for row in fit(hasattr(x, "__iter__"), name, x, "a list of pairs")]
-    if not rows:
-        raise ValueError(f"{name} gave no problems")
+    rows = fit(hasattr(x, "__iter__"), name, x, "a list of pairs")
+    rows = [pair(name, row) for row in islice(rows, MOST + 1)]
+    if not 1 <= len(rows) <= MOST:
+        raise ValueError(f"{name} gave {'more than a million' if rows else 'no'} problems")
     return rows
 
 
@@ -82,7 +113,8 @@ class Own(Task):
         has = {name for name, f in functions.items() if callable(f)}
         self.name, self.file, self.functions, self.has = str(file), file, functions, has
         self.loads, self.draws = "load" in has, {"problem", "demonstrate"} <= has
-        self.system = str(functions.get("system", ""))
+        with told(file):
+            self.system = text("system", functions.get("system", ""))
         if "reward" not in has:
             raise input_error(f"{file} has no function reward(problem, text)")
         if not (self.loads or self.draws):
@@ -91,13 +123,12 @@ class Own(Task):
 
     def call(self, name, read, *args):
         """What the file's function gives. What is wrong with it is one line."""
-        try:
+        with told(self.file, self.functions[name]):
             return read(name, self.functions[name](*args))
-        except Exception as e:
-            raise input_error(told(e, self.file)) from None
 
     def load(self, path=""):
-        return self.call("load", pairs, path) if self.loads else super().load(path)
+        with patience(self.file):
+            return self.call("load", pairs, path) if self.loads else super().load(path)
 
     def prompt(self, question):
         return self.call("prompt", text, question) if "prompt" in self.has else question
@@ -115,14 +146,15 @@ class Own(Task):
         """Set prompt_length and answer_length, for a model from scratch: those of some problems and
         demonstrations, and a little more. The file may set them itself."""
         rng, prompts, answers = np.random.default_rng(0), [1], [1]
-        for _ in range(MEASURED):
-            problem = self.problem(rng)
-            prompts.append(len(problem.prompt.encode()))
-            for answer in (self.demonstrate(problem, rng), problem.answer):
-                answers.append(len(answer.encode()) + 1)
+        with patience(self.file):
+            for _ in range(MEASURED):
+                problem = self.problem(rng)
+                prompts.append(len(problem.prompt.encode()))
+                for answer in (self.demonstrate(problem, rng), problem.answer):
+                    answers.append(len(answer.encode()) + 1)
         for name, longest in (("prompt_length", max(prompts)), ("answer_length", max(answers))):
             length = self.functions.get(name, int(SLACK * longest))
-            if type(length) is not int or length < 1:
-                raise input_error(f"{self.file}: {name} is {length!r}, not a number of tokens")
+            with told(self.file):
+                fit(type(length) is int and 0 < length <= MOST, name, length, "a number of tokens")
             setattr(self, name, length)
         return self

@@ -11,11 +11,13 @@ the reason: its vocabulary must spell every byte, a text must come back as it wa
 of pieces must have the ids of the whole rendered text.
 """
 import json
+import math
 import os
 import re
 from contextlib import contextmanager
 from pathlib import Path
 
+from hf import package, read_json, reading
 from precision import InputError, nearest
 
 # How a problem is put to the model: the system prompt, if there is one, and the user's message up
@@ -47,12 +49,13 @@ class HFTokenizer:
     form     how `prompt` puts a problem to the model: a key of FORMS
     """
 
-    def __init__(self, path):
-        """path: a tokenizer.json. Raises InputError if a prompt or a text would come out wrong."""
-        self.path, library = path, tokenizers()
-        with _reading(path):
+    def __init__(self, path, most=math.inf):
+        """path: a tokenizer.json. most: ids that its model knows. Raises InputError if a prompt or
+        a text would come out wrong."""
+        self.path, library = path, package("tokenizers")
+        with reading(path):
             # truncation and padding are for batches: a prompt is used whole
-            spec = json.loads(path.read_text("utf-8")) | dict(truncation=None, padding=None)
+            spec = read_json(path) | dict(truncation=None, padding=None)
             text_only = _text_only(spec, library)
             self._whole = library.Tokenizer.from_str(json.dumps(spec))
             self._text_only = library.Tokenizer.from_str(json.dumps(text_only))
@@ -71,6 +74,11 @@ class HFTokenizer:
                                      "library")
                 if text not in text_only["model"]["vocab"]:
                     self._tokens[i] = spell(text)
+            # An added token that the model does not know is as if it were not there.
+            self._tokens = {i: t for i, t in self._tokens.items() if i < most}
+            self._added = {t: i for t, i in self._added.items() if i < most}
+            if (largest := max(text_only["model"]["vocab"].values())) >= most:
+                raise InputError(f"it has a token {largest}, its model knows {most} of them")
             self._decoder = self._whole.decoder or library.decoders.ByteLevel()
             a = self._whole.encode("a")
             self.bos = tuple(a.ids[:a.special_tokens_mask.index(0)])
@@ -116,7 +124,7 @@ class HFTokenizer:
     def _ids(self, tokenizer, text):
         # lone surrogates are not characters: they become U+FFFD
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        with _reading(self.path):
+        with reading(self.path):
             return tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, tokens):
@@ -126,7 +134,7 @@ class HFTokenizer:
         tokens = [int(t) for t in tokens]
         if tokens and tokens[-1] in self.stop:
             tokens.pop()
-        with _reading(self.path):
+        with reading(self.path):
             return self._decoder.decode([self._tokens.get(t, "\ufffd") for t in tokens])
 
     def prompt(self, text, system=""):
@@ -160,15 +168,19 @@ def load_tokenizer(folder, form="auto"):
     token ends an answer, and a form that this vocabulary cannot spell."""
     folder, configs = Path(folder), {}
     with _quiet():
-        tok = HFTokenizer(folder / "tokenizer.json")
+        keys = dict(generation_config="eos_token_id", config="eos_token_id",
+                    tokenizer_config="eos_token")
+        for name in keys:
+            with reading(folder / f"{name}.json") as path:
+                configs[name] = read_json(path) if os.path.lexists(path) else {}
+        size = configs["config"].get("vocab_size")
+        tok = HFTokenizer(folder / "tokenizer.json", size if type(size) is int else math.inf)
         # what generation stops at is known best by generation_config.json (Llama 3 and Qwen
         # instruct models: several tokens)
-        for name, key in (("generation_config", "eos_token_id"), ("config", "eos_token_id"),
-                          ("tokenizer_config", "eos_token")):
-            with _reading(folder / f"{name}.json") as path:
-                configs[name] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        for name, key in keys.items():
+            with reading(folder / f"{name}.json"):
                 tok.stop = tok.stop or _stop(configs[name].get(key), tok)
-        with _reading(folder):
+        with reading(folder):
             if not tok.stop:
                 raise InputError("no file says which token ends an answer (eos_token_id in "
                                  "generation_config.json, for one)")
@@ -180,16 +192,6 @@ def load_tokenizer(folder, form="auto"):
             template = about.get("chat_template") or any(file.exists() for file in files)
             tok.speak(_form(form, tok, template))
     return tok
-
-
-def tokenizers():
-    """The library; models from scratch do without."""
-    try:
-        import tokenizers
-    except ImportError:
-        raise InputError("reading a model's tokenizer.json needs the package tokenizers: "
-                         "pip install -e '.[hf]'") from None
-    return tokenizers
 
 
 def _text_only(spec, library):
@@ -241,23 +243,6 @@ def _form(form, tok, template):
             return family
     raise InputError("its chat template is of no family known here; the form plain takes the text "
                      "alone")
-
-
-@contextmanager
-def _reading(path):
-    """Whatever is wrong with a file becomes an InputError of one line that begins with its path.
-    The library raises plain Exceptions, and panics, which are BaseExceptions."""
-    try:
-        yield path
-    except BaseException as e:
-        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
-            raise
-        reason = f"malformed ({type(e).__name__}: {' '.join(str(e).split())})"
-        if isinstance(e, OSError):
-            reason = e.strerror
-        if isinstance(e, InputError):
-            reason = str(e).removeprefix(f"{path}: ")
-        raise InputError(f"{path}: {reason[:300]}") from None
 
 
 @contextmanager

@@ -5,9 +5,7 @@
     save_adapter(...)                LoRA in PEFT's format
     health(model, tokens)            how near its activations come to a format's end
 
-What this GPT cannot compute is refused by name: a checkpoint loaded nearly right gives answers that
-are nearly right, without a sign of it. Only safetensors are read; a pytorch_model.bin is a pickle,
-and a pickle is a program.
+Only safetensors are read; a pytorch_model.bin is a pickle, and a pickle is a program.
 """
 import hashlib
 import json
@@ -16,147 +14,38 @@ import os
 import pathlib
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import groupby
 
 import torch
 
 from data.tokenizer import PAD, STOP, TOKENIZER
-from hf.tokenizer import tokenizers
-from model import GPT, Adapter, GPTConfig
+from hf import package, reading, regular, short
+from hf.config import config_of, gpt_config, usable, write_config
+from model import GPT, Adapter
 from precision import InputError, Numerics
 
-# model_type: transformers' name, whether it has a QKV bias, QK-norm, experts
-FAMILIES = {"llama": ("Llama", False, False, False), "qwen2": ("Qwen2", True, False, False),
-            "qwen3": ("Qwen3", False, True, False), "qwen3_moe": ("Qwen3Moe", False, True, True)}
-# a field of GPTConfig: what config.json calls it
-FIELDS = dict(vocab_size="vocab_size", n_layers="num_hidden_layers", width="hidden_size",
-              n_heads="num_attention_heads", n_kv_heads="num_key_value_heads", head_dim="head_dim",
-              mlp_width="intermediate_size", norm_eps="rms_norm_eps",
-              tied_head="tie_word_embeddings")
-EXPERTS = dict(n_experts="num_experts", experts_per_token="num_experts_per_tok",
-               expert_width="moe_intermediate_size", norm_topk="norm_topk_prob")
-LLAMA3 = "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
 PLACE = dict(qkv="self_attn", proj="self_attn", gate_up="mlp", down="mlp")   # of a product
 DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
+STORED = "F32", "F16", "BF16"               # what safetensors calls them
 TOKENIZER_FILES = """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json
     vocab.json merges.txt generation_config.json chat_template.jinja chat_template.json
     LICENSE""".split()
 SHARD = 4 << 30                             # bytes a file, when writing
+CONTEXT = 1 << 17                           # positions that have rotations ready, if nobody says more
 MAPPED = 2 << 20                            # bytes of a file in memory at a time, when reading
-
-
-def safetensors():
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise InputError("reading and writing real checkpoints needs safetensors: "
-                         "pip install -e '.[hf]'") from None
-    return safetensors
-
-
-# --------------------------------------------------------------------------------------------------
-# config.json
-
-
-def read_json(path):
-    try:
-        return {**json.loads(pathlib.Path(path).read_text(encoding="utf-8"))}
-    except FileNotFoundError:
-        raise InputError(f"{path} is not there: a model is a folder with config.json, "
-                         "*.safetensors and tokenizer.json") from None
-    except (OSError, ValueError, TypeError) as e:
-        raise InputError(f"{path} cannot be read: {e}") from None
-
-
-def folder_of(folder):
-    """The folder, if a checkpoint is there."""
-    read_json(pathlib.Path(folder) / "config.json")
-    return folder
-
-
-def read_config(folder, context=None):
-    """config.json -> GPTConfig. context: the longest sequence that will be needed (default: what
-    the model was made for)."""
-    path = pathlib.Path(folder) / "config.json"
-    c = {k: v for k, v in read_json(path).items() if v is not None}
-    kind, act = c.get("model_type"), c.get("hidden_act", "silu")
-    quantised = c.get("quantization_config", {})
-    rope = {**c.get("rope_scaling", {}), **c.get("rope_parameters", {})}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    sliding = c.get("use_sliding_window") or {*c.get("layer_types", ())} - {"full_attention"}
-    for refused, why in (
-            (kind not in FAMILIES, f"model_type {kind!r} (known: {', '.join(FAMILIES)})"),
-            (quantised, f"quantised weights ({quantised.get('quant_method')})"),
-            (sliding, "sliding-window attention"),
-            (act != "silu", f"hidden_act {act!r} (known: silu)"),
-            (c.get("attention_bias"), "attention_bias true"),
-            (c.get("mlp_bias"), "mlp_bias true"),
-            (rope_type not in ("default", "llama3"), f"rope type {rope_type!r} (known: llama3)"),
-            ((c | rope).get("partial_rotary_factor", 1) != 1, "partial_rotary_factor")):
-        if refused:
-            raise InputError(f"{path}: {why}; not supported")
-    _, qkv_bias, qk_norm, moe = FAMILIES[kind]
-    # What is meant where a file says nothing. head_dim 0: width / n_heads
-    c = dict(head_dim=128 if kind == "qwen3" else 0, rms_norm_eps=1e-6, tie_word_embeddings=False,
-             num_key_value_heads=c.get("num_attention_heads"), norm_topk_prob=False,
-             num_experts=c.get("num_local_experts"), max_position_embeddings=2048) | c
-    names = FIELDS | (EXPERTS if moe else {})
-    fields = {ours: c.get(theirs) for ours, theirs in names.items()}
-    for ours, value in fields.items():
-        least = 1 if type(value) is int and ours != "head_dim" else 0
-        if type(value) is not GPTConfig.__annotations__[ours] or value < least:
-            raise InputError(f"{path}: no usable value for {names[ours]}")
-    try:
-        if moe:
-            step = c.get("decoder_sparse_step", 1)
-            dense = {i for i in range(fields["n_layers"]) if (i + 1) % step}
-            fields["dense_layers"] = sorted(dense.union(c.get("mlp_only_layers", ())))
-        longest = c["max_position_embeddings"]
-        if context is not None and context > longest:
-            raise InputError(f"{context} tokens of prompt and answer are more than the {longest} "
-                             f"that {folder} was made for: lower --max-answer, or leave out the "
-                             "longest problems")
-        llama3 = [float(rope[k]) for k in LLAMA3] if rope_type == "llama3" else ()
-        theta = float(rope.get("rope_theta", c.get("rope_theta", 10_000.0)))
-        return GPTConfig(**fields, context=context or longest, rope_theta=theta, rope_llama3=llama3,
-                         qkv_bias=qkv_bias, qk_norm=qk_norm)
-    except (KeyError, TypeError, ZeroDivisionError) as e:
-        raise InputError(f"{path}: no usable value for {e}") from None
-
-
-def write_config(cfg, fmt, like=None):
-    """GPTConfig -> the dict of a config.json. like: that of the folder it came from, for all that a
-    GPT does not need."""
-    has = cfg.qkv_bias, cfg.qk_norm, bool(cfg.n_experts)
-    kind = next((kind for kind, (_, *needs) in FAMILIES.items() if has == tuple(needs)), None)
-    if not kind:
-        raise InputError("no known family has this mix of QKV bias, QK-norm and experts")
-    rope = dict(rope_type="default")
-    if cfg.rope_llama3:
-        rope = dict(rope_type="llama3", **dict(zip(LLAMA3, cfg.rope_llama3)))
-        rope[LLAMA3[3]] = int(rope[LLAMA3[3]])
-    out = (like or dict(max_position_embeddings=cfg.context)) | dict(
-        architectures=[f"{FAMILIES[kind][0]}ForCausalLM"], model_type=kind, hidden_act="silu",
-        rope_theta=cfg.rope_theta, rope_scaling=rope if cfg.rope_llama3 else None,   # older tools
-        rope_parameters=dict(rope, rope_theta=cfg.rope_theta),                       # newer ones
-        dtype=str(DTYPES[fmt]).removeprefix("torch."))
-    out.pop("torch_dtype", None)
-    names = FIELDS
-    if cfg.n_experts:
-        out |= dict(mlp_only_layers=list(cfg.dense_layers), decoder_sparse_step=1)
-        names = FIELDS | EXPERTS
-    return out | {theirs: getattr(cfg, ours) for ours, theirs in names.items()}
 
 
 # --------------------------------------------------------------------------------------------------
 # Tensors: which of theirs is which part of ours
 
 
-def tensors(model):
-    """-> (their name, the part of our master weight that it is, a view), in their order."""
+def tensors(model, blocks=None):
+    """-> (their name, the part of our master weight that it is, a view), in their order. blocks:
+    see `outline`."""
     c = model.cfg
     yield "model.embed_tokens.weight", model.embedding
-    for i, b in enumerate(model.blocks):
+    for i, b in enumerate(blocks or model.blocks):
         layer = f"model.layers.{i}"
         yield f"{layer}.input_layernorm.weight", b.norm1
         for product, parts in b.parts().items():
@@ -180,25 +69,85 @@ def tensors(model):
         yield "lm_head.weight", model.head
 
 
+def outline(cfg):
+    """What `tensors` would give of this GPT, without memory. All blocks of a kind are the same one,
+    so a thousand layers take no longer than two."""
+    kinds = [GPT(replace(cfg, n_layers=1, context=1, dense_layers=dense), "meta", seed=None)
+             for dense in ((), (0,))]
+    dense = {*cfg.dense_layers}
+    return tensors(kinds[0], (kinds[i in dense].blocks[0] for i in range(cfg.n_layers)))
+
+
+def described(folder, context=None):
+    """-> (GPTConfig, {tensor name: file}): what config.json says and what the files hold, compared
+    with each other. Only the files' headers are read, and nothing is allocated: whatever the
+    numbers are, an answer is quick. context: the longest sequence that will be needed (default:
+    what the model was made for, up to CONTEXT)."""
+    folder = pathlib.Path(folder)
+    c, where = config_of(folder), files_of(folder)
+    with reading(folder / "config.json"):
+        cfg = gpt_config(c, len(where))
+        longest = usable("max_position_embeddings", c.get("max_position_embeddings") or 2048)
+        if context is not None and context > longest:
+            raise InputError(f"{context} tokens of prompt and answer are more than the {longest} "
+                             "that it was made for: lower --max-answer, or leave out the longest "
+                             "problems")
+        cfg = replace(cfg, context=context or min(longest, CONTEXT))
+        expected = outline(cfg)
+    with reading(folder):
+        compare(expected, where, cfg.tied_head)
+    return cfg, where
+
+
 def files_of(folder):
-    """-> {tensor name: file that holds it}."""
+    """-> {tensor name: file that holds it}. No index is read: it could only say the same, or name
+    files elsewhere."""
     where, folder = {}, pathlib.Path(folder)
     for path in sorted(folder.glob("*.safetensors")):
-        where |= dict.fromkeys(opened(path).keys(), path)
+        names = dict.fromkeys(opened(path).keys(), path)
+        if twice := where.keys() & names.keys():
+            raise InputError(short(f"{path}: {min(twice)} is in another file as well"))
+        where |= names
     if not where:
         pickles = [f.name for f in folder.glob("*") if f.suffix in (".bin", ".pt", ".pth")]
         why = f"; {pickles[0]} is a pickle, which could run any program" if pickles else ""
-        raise InputError(f"no model.safetensors in {folder}{why}")
+        raise InputError(short(f"no model.safetensors in {folder}{why}"))
     return where
 
 
 def opened(path):
     """safe_open, with an error that names the file."""
-    library = safetensors()
-    try:
-        return library.safe_open(str(path), "pt")
-    except (OSError, library.SafetensorError) as e:
-        raise InputError(f"{path} is no complete safetensors file: {e}") from None
+    library = package("safetensors")
+    with reading(path):
+        open(regular(path), "rb").close()               # the library says "not found" for "may not"
+        try:
+            return library.safe_open(str(path), "pt")
+        except (OSError, library.SafetensorError) as e:
+            raise InputError(f"no complete safetensors file: {e}") from None
+
+
+def compare(expected, where, tied):
+    """Raise InputError where the files' headers do not hold what is expected, and nothing else."""
+    left, path = {*where}, None
+    for name, part in expected:
+        if name not in where:
+            raise InputError(f"it has no tensor {name}: is a file missing, or is it another "
+                             "architecture than its config.json says?")
+        if path != where[name]:
+            path = where[name]
+            file = opened(path)
+        there = file.get_slice(name)
+        if there.get_dtype() not in STORED:
+            raise InputError(f"{path}: {name} is stored as {there.get_dtype()}, quantised perhaps; "
+                             f"known: {', '.join(STORED)}")
+        if there.get_shape() != [*part.shape]:
+            raise InputError(f"{path}: {name} has shape {tuple(there.get_shape())}, the config asks "
+                             f"for {tuple(part.shape)}")
+        left.remove(name)
+    spare = ("rotary_emb.inv_freq", *["lm_head.weight"] * tied)
+    if left := sorted(n for n in left if not n.endswith(spare)):
+        raise InputError(f"it has {len(left)} tensors that this model has no place for: "
+                         f"{', '.join(left[:3])}")
 
 
 @torch.no_grad()
@@ -206,31 +155,17 @@ def load(folder, device="cpu", context=None, say=lambda text: None):
     """A model folder -> GPT with FP32 masters, in use with fp32. Host memory is the model's and a
     tensor more: a file is mapped into memory, and its pages count as this process's until it is
     closed, so it is closed every so often."""
-    cfg, where = read_config(folder, context), files_of(folder)
+    cfg, where = described(folder, context)
     model, path, seen = GPT(cfg, device, seed=None), None, 0
     for name, part in tensors(model):
-        if name not in where:
-            raise InputError(f"{folder} has no tensor {name}: is a file missing, or is it another "
-                             "architecture than its config.json says?")
         if path != where[name] or seen > max(MAPPED, path.stat().st_size >> 6):
             path, seen = where[name], 0
             file = opened(path)
         tensor = file.get_tensor(name)
-        if tensor.dtype not in DTYPES.values():
-            raise InputError(f"{path}: {name} is stored as {tensor.dtype}, quantised perhaps; "
-                             "known: float32, float16, bfloat16")
-        if tensor.shape != part.shape:
-            raise InputError(f"{path}: {name} has shape {tuple(tensor.shape)}, the config asks for "
-                             f"{tuple(part.shape)}")
         part.copy_(tensor)
         if not torch.isfinite(part).all():
-            raise InputError(f"{path}: {name} holds numbers that are not finite")
+            raise InputError(short(f"{path}: {name} holds numbers that are not finite"))
         seen += tensor.nbytes
-        del where[name]
-    spare = ("rotary_emb.inv_freq", *["lm_head.weight"] * cfg.tied_head)
-    if left := sorted(n for n in where if not n.endswith(spare)):
-        raise InputError(f"{folder} has {len(left)} tensors that this model has no place for: "
-                         f"{', '.join(left[:3])}")
     say(f"model: {folder}, {model.n_params() / 1e6:.1f} M parameters, {cfg.n_layers} layers of "
         f"width {cfg.width}")
     return model.use(Numerics("fp32", device).hold(model.parameters()))
@@ -242,8 +177,8 @@ def save(folder, model, fmt="fp32", like=None, replace=False):
     model from scratch gets one for its bytes. An existing folder is refused, unless it is to be
     replaced; a new one appears whole."""
     like = pathlib.Path(like) if like else None
-    config = write_config(model.cfg, fmt, read_json(like / "config.json") if like else None)
     dtype, number, size = DTYPES[fmt], {}, 0
+    config = write_config(model.cfg, dtype, config_of(like) if like else None)
     for name, part in tensors(model):
         number[name] = size // SHARD
         size += part.numel() * dtype.itemsize
@@ -259,7 +194,7 @@ def save(folder, model, fmt="fp32", like=None, replace=False):
             write_json(out / "model.safetensors.index.json", index)
         if like:
             for name in TOKENIZER_FILES:
-                if (like / name).exists():
+                if (like / name).is_file():
                     shutil.copy(like / name, out / name)
         elif model.cfg.vocab_size == TOKENIZER.n_vocab:
             config |= byte_tokenizer(out)
@@ -271,7 +206,7 @@ def write(path, named):
     for name, t in named.items():
         if not torch.isfinite(t).all():
             raise InputError(f"{name} does not fit into {t.dtype}: numbers become infinite")
-    safetensors().torch.save_file(named, str(path), metadata=dict(format="pt"))
+    package("safetensors.torch").torch.save_file(named, str(path), metadata=dict(format="pt"))
     path.chmod(0o644)                                    # the library leaves it to its owner alone
 
 
@@ -284,14 +219,16 @@ def new_folder(path, replace=False):
     """A folder that appears under its name only when all in it is written."""
     path = pathlib.Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path} exists already: name another folder")
-    partial.mkdir(parents=True)
     try:
+        if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
+            raise InputError(f"{path} exists already: name another folder")
+        partial.mkdir(parents=True)
         yield partial
         if path.exists():
             shutil.rmtree(path)
         os.replace(partial, path)
+    except (OSError, RecursionError, package("safetensors").SafetensorError) as e:
+        raise InputError(short(f"cannot write {path}: {getattr(e, 'strerror', e)}")) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -299,7 +236,7 @@ def new_folder(path, replace=False):
 def byte_tokenizer(folder):
     """tokenizer.json for a model from scratch, whose tokens are bytes -> what its config.json has
     to say of it."""
-    library = tokenizers()
+    library = package("tokenizers")
     letters = sorted(library.pre_tokenizers.ByteLevel.alphabet())     # GPT-2's letters for bytes:
     printable = [ord(c) for c in letters if ord(c) < 256]             # a printable byte is its own,
     others = [b for b in range(256) if b not in printable]            # the others follow in order
@@ -379,6 +316,8 @@ def warn_of_overflow(model, tokens, say, headroom=8):
     near = [f for f in found if f[0] * headroom > fmt.max]              # the first: where it began
     if not near:
         size, where = max(found)
+        if not size:
+            return say("warning: every activation on a prompt is 0: are there weights in the files?")
         return say(f"largest activation on a prompt: {size:.0f} in {where}, {fmt.max / size:.0f} "
                    f"times below {fmt.name}'s end")
     names = ", ".join(f"{where} ({'beyond it' if math.isinf(size) else f'{size:.0f}'})"

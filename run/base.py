@@ -8,6 +8,7 @@ adapters if asked for.
 import hashlib
 import json
 import math
+import os
 import pathlib
 import time
 from functools import partial
@@ -36,7 +37,8 @@ def load_task(cfg):
     """The task and tokenizer of a run's settings -> data.env.Env."""
     task = make_task(cfg.task, cfg.digits, cfg.noise)
     if cfg.model:
-        tokenizer = hf_tokenizer.load_tokenizer(weights.folder_of(cfg.model), cfg.prompt_form)
+        weights.config_of(cfg.model)                        # is it a model's folder at all?
+        tokenizer = hf_tokenizer.load_tokenizer(cfg.model, cfg.prompt_form)
         return Env(task, tokenizer, cfg.max_answer, say)
     if not task.draws:
         raise InputError(f"--task {cfg.task} needs a model that can read: --model FOLDER, a "
@@ -50,7 +52,7 @@ def gpt_config(cfg, env):
     Qwen3-MoE's shape, and the two that a token goes to are together as wide as the MLP."""
     context = env.prompt_length + env.answer_length
     if cfg.model:
-        return weights.read_config(cfg.model, context)
+        return weights.described(cfg.model, context)[0]
     heads = max(4, cfg.width // HEAD_WIDTH // 2 * 2)
     if cfg.width % heads or cfg.width // heads % 2:
         raise InputError(f"--width {cfg.width} must be an even multiple of its {heads} heads")
@@ -235,7 +237,8 @@ def open_model(path, device):
     """-> (model, its tokenizer, the settings of the run that made it). path: a run's folder, a
     checkpoint file, or the folder of a Hugging Face checkpoint."""
     path = pathlib.Path(path)
-    if (path / "config.json").exists() and not (path / "checkpoint.pt").exists():
+    here = os.path.exists                                   # False where a name is far too long
+    if here(path / "config.json") and not here(path / "checkpoint.pt"):
         return weights.load(path, device), hf_tokenizer.load_tokenizer(path), dict(model=str(path))
     saved = load_checkpoint(path, device)
     run, tokenizer = saved.get("config", {}), Bytes

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from data import draw_problems, stream
+from data import draw_problems, input_error, stream
 from data.tokenizer import Bytes
 from operators import numerics
 from precision import InputError, parse_format
@@ -35,20 +35,24 @@ def choose_problems(cfg, env):
     if count is None:
         heldout = shuffled(task.load(cfg.heldout), rng)[:HELDOUT]
     elif not from_file:
-        drawn = {p.prompt for p in rows}
-        heldout = draw_problems(task, count, rng, drawn) if count else []
+        drawn, others = {p.prompt for p in rows}, f"of {cfg.data}" if cfg.data else "others"
+        heldout = draw_problems(task, count, rng, drawn, others) if count else []
     elif count < len(rows):
-        heldout, rows = rows[:count], rows[count:]
+        heldout = rows[:count]
     else:
-        raise InputError(f"{cfg.data or cfg.task} has {len(rows)} problems, no more than --heldout "
-                         f"{count} sets aside")
-    pool = rows[:cfg.pool or None]
+        raise input_error(f"{cfg.data or cfg.task} has {len(rows)} problems, no more than --heldout "
+                          f"{count} sets aside")
+    asked = {p.prompt for p in heldout}              # a line may stand twice, or in both files
+    pool = [p for p in rows if p.prompt not in asked][:cfg.pool or None]
+    if not pool:
+        raise input_error(f"every problem of {cfg.data or cfg.task} is held out as well: none is "
+                          "left to train on")
     if env.tokenizer is Bytes:
         for p in pool + heldout:
             for text, room in ((p.prompt, env.prompt_length), (p.answer, env.answer_length - 1)):
                 if len(text.encode()) > room:
-                    raise InputError(f"{text[:80]!r} does not fit: {cfg.task} with these settings "
-                                     f"has room for {room} tokens")
+                    raise input_error(f"{text[:80]!r} does not fit: {cfg.task} with these settings "
+                                      f"has room for {room} tokens")
     else:
         env.prompt_length = max(len(env.tokens(p)) for p in pool + heldout)
     return pool, heldout

@@ -45,16 +45,34 @@ def bug(name, file, old, new, seen, *tests):
 # Problems and rewards
 
 bug("held-out problems in the pool", "run/problems.py",
-    "draw_problems(task, count, rng, drawn)",
+    "draw_problems(task, count, rng, drawn, others)",
     "draw_problems(task, count, rng)",
     "Held-out accuracy is partly training accuracy: memorising looks like learning.",
     "test_train.py::test_no_held_out_problem_is_in_the_pool")
 
 bug("held-out lines are trained on", "run/problems.py",
-    "heldout, rows = rows[:count], rows[count:]",
-    "heldout = rows[:count]",
+    "pool = [p for p in rows if p.prompt not in asked][:cfg.pool or None]",
+    "pool = rows[:cfg.pool or None]",
     "Every held-out problem of a file is trained on as well.",
     "test_train.py::test_no_held_out_problem_is_in_the_pool")
+
+bug("a task file ends the run as if all were well", "data/own.py",
+    "except BaseException as e:\n        lines",
+    "except Exception as e:\n        lines",
+    "sys.exit(0) in a file of one's own: status 0, and nothing was learned.",
+    "test_tasks.py::test_what_is_wrong_with_a_task_is_one_line")
+
+bug("of two rope entries the last one counts", "hf/config.py",
+    "if rope.setdefault(k, value) != value:",
+    "if rope.update({k: value}):",
+    "A model with linear scaling is computed without it: its answers are nearly right.",
+    "test_hostile.py::test_configurations_that_are_refused")
+
+bug("of two files with a tensor the last one counts", "hf/weights.py",
+    "if twice := where.keys() & names.keys():",
+    "if twice := {*()}:",
+    "Old and new weights of a folder are mixed, as the names of the files have it.",
+    "test_hostile.py::test_a_tensor_in_two_files_is_refused")
 
 bug("the perfectible set keeps everything", "run/problems.py",
     "kept = [p for p, r in zip(pool, right) if low <= r / TRIES <= high]",

@@ -212,7 +212,7 @@ def test_broken_folders(tmp_path):
         weights.load(tmp_path)
     for content in ("{", "[]"):
         (tmp_path / "config.json").write_text(content)
-        with pytest.raises(InputError, match="config.json cannot be read"):
+        with pytest.raises(InputError, match="config.json: malformed"):
             weights.load(tmp_path)
 
 
@@ -232,7 +232,7 @@ def test_numbers_that_are_not_finite_and_formats_too_small(tmp_path):
         weights.load(tmp_path / "a")
     t["model.layers.1.mlp.up_proj.weight"] = torch.zeros(96, 64, dtype=torch.int8)
     save_file(t, tmp_path / "a" / "model.safetensors")
-    with pytest.raises(InputError, match="stored as torch.int8"):
+    with pytest.raises(InputError, match="stored as I8"):
         weights.load(tmp_path / "a")
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "mine").write_text("x")

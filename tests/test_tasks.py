@@ -361,6 +361,17 @@ def use(task):
     (REWARD + DRAW.replace("return 'a'", "return 1/0"), "line 3: ZeroDivisionError"),
     (REWARD + DRAW.replace("return 'a'", "return 7"), "demonstrate gave 7, not a text"),
     (REWARD + DRAW + "prompt_length = None", "prompt_length"),
+    # these would end the program as if all were well, or with a traceback
+    ("import sys\nsys.exit(0)", "line 2: SystemExit: 0"),
+    (REWARD + "import sys\ndef load(path): sys.exit(0)", "line 3: SystemExit: 0"),
+    (REWARD + LOAD + "def prompt(question): raise SystemExit", "line 3: SystemExit"),
+    (REWARD + "def load(path): raise GeneratorExit", "line 2: GeneratorExit"),
+    (REWARD + "def load(path): raise BaseException('no')", "line 2: BaseException: no"),
+    (REWARD + LOAD + "def prompt(question): pass", "line 3: TypeError: prompt gave None, not a text"),
+    (REWARD + LOAD + "def prompt(): return ''", "line 3: TypeError: prompt.. takes 0 positional"),
+    (REWARD + LOAD + "system = None", "system gave None, not a text"),
+    (REWARD + "def load(path): return [('\\ud800', 'a')]", "line 2: UnicodeEncodeError"),
+    (REWARD + "def load(path):\n    while True: yield 'q', 'a'", "line 2: ValueError: load gave more than a million problems"),
 ])
 def test_what_is_wrong_with_a_task_is_one_line(source, words, tmp_path):
     """It names the file, and the file's own line where it raised."""
@@ -368,6 +379,23 @@ def test_what_is_wrong_with_a_task_is_one_line(source, words, tmp_path):
     with pytest.raises(InputError, match=words) as e:
         use(make_task(str(tmp_path / "t.py")))
     assert "\n" not in str(e.value) and "t.py" in str(e.value)
+
+
+def test_texts_of_a_class_of_their_own_become_plain_ones(tmp_path):
+    """Else they could not be saved with the run."""
+    (tmp_path / "t.py").write_text(REWARD + "class S(str): pass\ndef load(path): return [(S('q'), S('a'))]\n"
+                                   "def prompt(question): return S('p')\nsystem = S('s')")
+    task = make_task(str(tmp_path / "t.py"))
+    (p,) = task.load()
+    assert (p, task.prompt("q"), task.system) == (Problem("q", "a"), "p", "s")
+    assert {type(t) for t in (p.prompt, p.answer, task.prompt("q"), task.system)} == {str}
+
+
+def test_a_file_that_takes_long_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("data.own.LONG", 0.05)
+    (tmp_path / "t.py").write_text("import time\n" + REWARD + "def load(path):\n    time.sleep(1)\n    return [('q', 'a')]")
+    assert len(make_task(str(tmp_path / "t.py")).load()) == 1
+    assert f"note: {tmp_path / 't.py'} has been at work for 0.05 s" in capsys.readouterr().err
 
 
 def test_a_task_that_is_not_there():

@@ -403,7 +403,7 @@ def test_forms_that_do_not_fit(tmp_path):
     ("tokenizer.json", b"[" * 10 ** 6, "malformed (RecursionError"),
     ("config.json", b"", "malformed (JSONDecodeError: Expecting value"),
     ("config.json", b"\xff", "malformed (UnicodeDecodeError"),
-    ("config.json", b"[]", "malformed (AttributeError"),
+    ("config.json", b"[]", "malformed (TypeError"),
     ("config.json", b'{"eos_token_id": 999}', "an answer ends with the token 999, which is not in"),
     ("config.json", b'{"eos_token_id": [0, -1]}', "an answer ends with the token -1, which"),
     ("config.json", b'{"eos_token_id": [true]}', "an answer ends with the token True, which"),

@@ -551,6 +551,14 @@ def test_no_held_out_problem_is_in_the_pool(tmp_path):
     path.write_text("".join(f'{{"question": "{i}", "answer": "#### {i}"}}\n' for i in range(20)))
     env = Env(make_task("gsm8k"), Words())
     assert both(Config(task="gsm8k", data=str(path), heldout="8", pool=0), env) == (12, 8)
+    other = tmp_path / "q.jsonl"
+    other.write_text("".join(f'{{"question": "{i}", "answer": "#### {i}"}}\n' for i in range(15, 25)))
+    assert both(Config(task="gsm8k", data=str(path), heldout=str(other), pool=0), env) == (15, 10)
+    with pytest.raises(InputError, match="is held out as well"):
+        choose_problems(Config(task="gsm8k", data=str(path), heldout=str(path)), env)
+    path.write_text(path.read_text() * 2)                               # every line twice
+    pool, heldout = choose_problems(Config(task="gsm8k", data=str(path), heldout="8", pool=0), env)
+    assert len(heldout) == 8 and not {p.prompt for p in pool} & {p.prompt for p in heldout} and len(pool) >= 24
 
 
 def test_demonstrations_are_trained_from_their_first_token_to_the_stop_token():
