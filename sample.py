@@ -238,7 +238,7 @@ def pass_at_k(n, c, k):
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def solve(sampler, env, problems, n, seed, temperature=1.0, rows=512, progress=None):
+def solve(sampler, env, problems, n, seed, temperature=1.0, rows=ROWS, progress=None):
     """n answers to each problem, `rows` of them at a time -> how many of the n were right, a
     problem each. An answer that was cut off counts as wrong. env: data.env.Env."""
     right, per = [], max(1, rows // n)
@@ -333,15 +333,16 @@ def main(argv=None):
             raise InputError(f"the prompt has {len(tokens)} tokens, the model's context is "
                              f"{model.cfg.context}: no room for an answer")
         new = a.max_new_tokens or (room if tokenizer is Bytes else min(room, 512))
-        out = sampler.generate([tokens], a.n, new, a.temperature, a.seed)
-        for r, text in enumerate(out.texts(tokenizer)):
-            if a.json:
-                span = slice(len(tokens), int(out.length[r]))
-                print(json.dumps(dict(prompt=prompt, text=text, tokens=out.tokens[r, span].tolist(),
-                                      logp=out.logp[r, span].tolist())))
-            else:
-                gap = "" if tokenizer is Bytes else "\n"
-                print(f"{prompt}{gap}{text}{'' if out.stopped[r] else ' [cut off]'}")
+        for begin in range(0, a.n, ROWS):
+            out = sampler.generate([tokens], min(ROWS, a.n - begin), new, a.temperature, a.seed, begin)
+            for r, text in enumerate(out.texts(tokenizer)):
+                if a.json:
+                    some = slice(len(tokens), int(out.length[r]))
+                    print(json.dumps(dict(prompt=prompt, text=text, tokens=out.tokens[r, some].tolist(),
+                                          logp=out.logp[r, some].tolist())), flush=True)
+                else:
+                    gap = "" if tokenizer is Bytes else "\n"
+                    print(f"{prompt}{gap}{text}{'' if out.stopped[r] else ' [cut off]'}", flush=True)
     if a.eval:
         evaluate(a, sampler, tokenizer, run)
 

@@ -250,7 +250,7 @@ def _quiet():
     """A panic of the library writes to file descriptor 2 by itself. While it loads, such lines are
     dropped: the InputError says what is wrong."""
     before = os.dup(2)
-    with open(os.devnull, "w") as null:
+    with open(os.devnull, "w", encoding="utf-8") as null:
         os.dup2(null.fileno(), 2)
     try:
         yield
