@@ -3,8 +3,9 @@ r"""MATH: competition problems whose answers are LaTeX (Hendrycks et al. 2021, a
     {"problem": "... Express your answer as a common fraction.", "answer": "\\frac{17}{2}"}
 
 Only the last \boxed{} of a model's text counts. What stands there is right if it is the answer,
-letter for letter but for spaces, units and the like; if not, math-verify compares both as
-mathematics.
+letter for letter but for spaces, its unit (data/units.py) and the like; if not, math-verify compares
+both as mathematics. It is lenient where a model would notice: 7=5 is 5 to it, a set is a point, two
+numbers beside each other are a product. `another_form` refuses these first.
 
 What a model wrote is hostile until shown otherwise. Nothing that is read here is evaluated:
 math-verify's way from LaTeX to sympy has it in one place, where sympy turns the text of a number
@@ -78,8 +79,8 @@ SPELLINGS = [(re.compile(a), b) for a, b in (
     (r"(?<!\\)\\[,;: ]|(?<=[0-9a-zA-Z}])~(?=[a-zA-Z\\])", " "),
     # dollars, and where a formula begins and ends; not 7$2
     (r"(?<![0-9a-zA-Z}])\\?\$|\\?\$(?![0-9a-zA-Z\\{(-])", ""),
-    # 50^\circ and 50: the question says which
-    (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))", ""),
+    # 50^\circ and 50: the question says which; not 7^\circ 2
+    (r"(?<=[0-9a-zA-Z)}])\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))(?!\s*\.?\s*\w)", ""),
     (r"\s*(?<!\.)\.?\s*$", ""))]
 AFTER_UNIT = [(re.compile(a), b) for a, b in (
     (rf"\s*,?(?:\s*{TEXT}\s*\{{\s*(?:or|and)\s*\}}|\s(?:or|and)\s)\s*", ","),
@@ -88,7 +89,7 @@ AFTER_UNIT = [(re.compile(a), b) for a, b in (
     (r"(\\frac\s*\{[^{}]*\})\s*(\\[a-z]+|[0-9a-zA-Z])", r"\1{\2}"),
     (r"\s+", " "),
     (r"(?<![0-9.,/])([0-9]{1,9}) ([0-9]{1,9})/([0-9]{1,9})(?![0-9/])", mixed),
-    (r"(?<![0-9a-zA-Z]) | (?![0-9a-zA-Z])", ""))]
+    (r"(?<![0-9a-zA-Z.]) | (?![0-9a-zA-Z.])", ""))]
 LOOSE = re.compile(THOUSANDS % ("[ ,]", r",|\s*/| [0-9]"))
 LIST = re.compile(r"[(\[]|\\\{")
 UNIT = re.compile(r"(?<=[^\s,%\\])\s*(?:\\(?:text|mbox|mathrm)\s*\{([^{}0-9]*)\}"
@@ -171,15 +172,16 @@ def comparison():
     return compare
 
 
-SUBSCRIPT = re.compile(r"(?<=[0-9])_\{?([0-9]+)")
+SUBSCRIPT = re.compile(r"(?<=[0-9])_(?:\{([0-9]+)\}|([0-9]))")
 WORDS = re.compile(r"(?<![a-zA-Z\\{])[a-zA-Z]{3,}")
 BARE = re.compile(r"(?<=[0-9}]) ?((?:(?:cm|mm|km|ft|in|kg|lb|sq\.?|[a-zA-Z]{3,})(?: |$|(?=\^)))+"
                   r"(?:\^[23])?)$")                             # a unit without \text
 IN_TEXT = re.compile(rf"{TEXT}\s*\{{([^{{}}]*)\}}")
 NAMED = re.compile(r"(^|,)(?:[a-zA-Z]|\\[a-z]+)(?:_[0-9a-z])?(?:\([a-z]\))?=(?!=)")  # x=5, f(x)=5
 # signs of another meaning, and two numbers beside each other, which math-verify multiplies
-DOUBTFUL = re.compile(r"[$~'\"?;]|\.\.|[0-9] [0-9]|(?<!\\begin\{[pbv]matrix)[})] ?[0-9]"
-                      r"|\\pi ?[0-9]|(?<![a-zA-Z\\])[a-zA-Z]{1,2} ?[0-9]")
+DOUBTFUL = re.compile(r"circ|[$~%'\"?;]|\.\.|[0-9] \.?[0-9]|\. |\\(?:pi|infty|theta) ?[0-9]"
+                      r"|(?<!\\begin\{[pbv]matrix)[})] ?[0-9]"
+                      r"|(?<![a-zA-Z\\])[a-zA-Z]{1,2} ?[0-9]")
 
 
 def brackets(answer):
@@ -212,8 +214,10 @@ def same(answer, said, question=""):
         return True
     if "=" not in answer:
         said = NAMED.sub(r"\1", said)
-    bases = [SUBSCRIPT.findall(t) for t in (answer, said)]      # 101_2 is read as 101
-    if bases[1] and bases[0] != bases[1] or ":" in answer or words or another_form(answer, said):
+    if SUBSCRIPT.search(answer) or SUBSCRIPT.search(said):      # math-verify reads 101_2 as 101
+        answer, said = (SUBSCRIPT.sub(r"_\1\2", text) for text in (answer, said))
+        return said in (answer, answer.partition("_")[0])
+    if ":" in answer or words or another_form(answer, said):
         return False
     try:
         return tame(answer) and tame(said) and comparison()(answer, said)

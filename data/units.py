@@ -23,8 +23,8 @@ NAMES = [frozenset(names.split()) for names in """
     ° degree deg celsius fahrenheit circ; square sq ² ^2 area surface; cubic cu ³ ^3 volume;
     mile mi mph; kilometer kilometre km kmh kph; meter metre m; centimeter centimetre cm;
     millimeter mm; foot feet ft; inch; yard yd; kilogram kilo kg; gram gm g; milligram mg;
-    ounce oz; ton tonne; liter litre l; milliliter ml; gallon gal; second sec; minute min; hour hr h;
-    day daily; week weekly wk; month monthly;
+    ounce oz; ton tonne; liter litre l; milliliter ml; gallon gal; second sec; minute min;
+    hour hr h; day daily; week weekly wk; month monthly;
     year yearly yr old older age aged annual annually; child children kid; man men;
     woman women; person people""".split(";")]
 SMALL = frozenset("a an the of in per each every all more total altogether overall left".split())
