@@ -3,9 +3,9 @@ r"""MATH: competition problems whose answers are LaTeX (Hendrycks et al. 2021, a
     {"problem": "... Express your answer as a common fraction.", "answer": "\\frac{17}{2}"}
 
 Only the last \boxed{} of a model's text counts. What stands there is right if it is the answer,
-letter for letter but for spaces, its unit (data/units.py) and the like; if not, math-verify compares
-both as mathematics. It is lenient where a model would notice: 7=5 is 5 to it, a set is a point, two
-numbers beside each other are a product. `another_form` refuses these first.
+letter for letter but for spaces, its unit (data/units.py) and the like; if not, math-verify
+compares both as mathematics. To it 7=5 is 5, a set is a point, and two numbers beside each other
+are a product: `another_form` refuses these first.
 
 What a model wrote is hostile until shown otherwise. Nothing that is read here is evaluated:
 math-verify's way from LaTeX to sympy has it in one place, where sympy turns the text of a number
@@ -174,27 +174,26 @@ def comparison():
 
 SUBSCRIPT = re.compile(r"(?<=[0-9])_(?:\{([0-9]+)\}|([0-9]))")
 WORDS = re.compile(r"(?<![a-zA-Z\\{])[a-zA-Z]{3,}")
+LOWER = re.compile(r"(?<![a-zA-Z\\])[a-z]{2,}")
 BARE = re.compile(r"(?<=[0-9}]) ?((?:(?:cm|mm|km|ft|in|kg|lb|sq\.?|[a-zA-Z]{3,})(?: |$|(?=\^)))+"
                   r"(?:\^[23])?)$")                             # a unit without \text
 IN_TEXT = re.compile(rf"{TEXT}\s*\{{([^{{}}]*)\}}")
 NAMED = re.compile(r"(^|,)(?:[a-zA-Z]|\\[a-z]+)(?:_[0-9a-z])?(?:\([a-z]\))?=(?!=)")  # x=5, f(x)=5
 # signs of another meaning, and two numbers beside each other, which math-verify multiplies
-DOUBTFUL = re.compile(r"circ|[$~%'\"?;]|\.\.|[0-9] \.?[0-9]|\. |\\(?:pi|infty|theta) ?[0-9]"
-                      r"|(?<!\\begin\{[pbv]matrix)[})] ?[0-9]"
-                      r"|(?<![a-zA-Z\\])[a-zA-Z]{1,2} ?[0-9]")
+DOUBTFUL = re.compile(r"circ|[$~%'\"?]|\.\.|[0-9] \.?[0-9]|\. |\\(?:pi|infty|theta) ?[0-9]"
+                      r"|(?<!\\begin\{[pbv]matrix)[})] ?[0-9]|(?<![a-zA-Z\\])[a-zA-Z]{1,2} ?[0-9]")
 
 
 def brackets(answer):
     """The outer brackets of a point, an interval or their union; a set in braces has none."""
-    if answer.startswith("[") or answer.startswith("(") and "," in answer:
-        return answer[0] + answer[-1]
-    return ""
+    first = answer[:1]
+    return first + answer[-1:] if first == "[" or first == "(" and "," in answer else ""
 
 
 def another_form(answer, said):
     """Whether these differ before any mathematics: in what math-verify overlooks."""
     return bool(DOUBTFUL.search(said) or WORDS.search(said)
-                or NEVER & set(re.findall("[a-z]{2,}", said)) or "=" in said and "=" not in answer
+                or NEVER & set(LOWER.findall(said)) or "=" in said and "=" not in answer
                 or answer.count(",") != said.count(",") or brackets(answer) != brackets(said))
 
 
@@ -203,8 +202,8 @@ def same(answer, said, question=""):
     """Whether `said` (a model's, LaTeX) is the same as `answer`."""
     if len(said) > LONGEST:                                     # before the first pattern sees it
         return said == answer
-    asked = " ".join([question, *IN_TEXT.findall(answer), "percent" * ("%" in answer),
-                      "degree" * ("circ" in answer)])
+    named = "percent" * ("%" in answer) + " degree" * ("circ" in answer)
+    asked = " ".join([question, named, *IN_TEXT.findall(answer)])
     answer, said = plain(answer), plain(said, asked)
     unit = BARE.search(said)
     if unit and not re.search(r"(?<!\\)\b[a-zA-Z]", answer) and is_unit(unit[1], asked):
