@@ -61,6 +61,7 @@ def test_numbers_of_gsm8k(said, value):
 def test_final_numbers():
     assert final_number("5 and 6\n#### 1,234 apples\nmore 7") == 1234 and final_number(r"so \boxed{8}, or 9") == 8
     assert final_number("#### 1\nno: \\boxed{2}") == 2 and final_number("\\boxed{2} no\n#### 1") == 1
+    assert number("72" + " " * 100 + "clips") is None
     assert final_number("the answer is 5") is None and final_number("####") is None and final_number("\\boxed{") is None
 
 
@@ -201,6 +202,8 @@ def test_a_unit_is_of_the_questions_words_and_changes_nothing():
     for text in ("million", "not", "Not in months", "crates", "boxes or months", "zzz", "a2", "box 2", "²", "^2", "K", "box K",
                  "%", "years + 1", "bo\u0445", "is", "isn't", "boxes, years", "tens", "cans", "box\u200b", "..", "()"):
         assert not is_unit(text, question), text
+    signs = "How many m of cloth for T shirts does B sell at 5 p.m. in a box?"
+    assert not [text for text in ("M", "B", "T", "p.m.", "- box", "/box", "-box") if is_unit(text, signs)] and is_unit("m", signs)
     assert is_unit("cans", "How many cans?") and not is_unit("km", "How many hours?")
     assert is_unit("clips", "") and not any(is_unit(word, "") or is_unit(f"clips {word}", "") for word in NEVER)
     assert is_unit("percent", "What percent?") and is_unit("%", "What percent?") and not is_unit("%", "20% off")
@@ -279,6 +282,8 @@ MATH_RIGHT = {
     (LENGTH, r"12\text{ cm}"): ["12", "12 cm", r"12\text{ cm}", r"12\ \mathrm{cm}", r"12 \mbox{cm}", "12cm", "12 centimeters",
         "12.0 cm"],
     (PERCENT, r"50\%"): ["50", "50%", r"50\%", "50 percent", r"50 \text{ percent}", "50.0"],
+    (Q, r"50\%"): ["50%", "50 percent"],
+    (Q, r"20\text{ cm}"): ["20 cm", r"20\,\mathrm{cm}", "20 centimeters"],
     (PERCENT, "50"): ["50%", r"50\%", "50 pct"],
     # E
     (Q, r"60^\circ"): ["60", r"60^{\circ}", "60 degrees", r"60 \text{ degrees}"],
