@@ -32,11 +32,12 @@ from precision import InputError
 from run.base import open_model
 from run.console import Parser, ranged, run_main
 
+ROWS = 512                          # answers that are decoded at once
+
 
 @dataclass
 class Rollout:
-    """R answers. Rows are right-padded sequences, prompt first: position = slot, in the cache and
-    in training alike."""
+    """R answers. Rows are right-padded sequences, prompt first: position = slot, in the cache as in training."""
     tokens: torch.Tensor            # (R, T) int64
     logp: torch.Tensor          # (R, T) FP32, log-prob of each answer token as sampled, 0 elsewhere
     prompt_length: torch.Tensor     # (R,) int64

@@ -5,49 +5,55 @@ r"""GSM8K: grade-school word problems whose answer is a number (Cobbe et al. 202
 The reward compares numbers as exact fractions: 0.50, .5 and \frac{1}{2} are one answer, and so are
 $1,000.00 and 1000 dollars. It is strict where a loose one would be learned: a number counts only
 where the final answer belongs, in \boxed{} or after ####, and only if it stands there alone but for
-its unit. "3 or 4", 5+3 and a "#### Step 4" are no answers.
+its unit, which the question names (data/units.py). "3 or 4", 5+3, "5 million" and a "#### Step 4"
+are no answers.
 """
 import re
 from fractions import Fraction
 
 from data import Task, fetched, load_problems
 from data.math_answers import last_boxed, plain
+from data.units import is_unit
 
 LONGEST = 100                                                   # characters of an answer
 NUMBER = r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+"
-LETTER = r"[^\W\d_]"
 ANSWER = re.compile(
-    r"(?!.*[0-9]{31})[€£¢]?\s*(?P<sign>[-+]?)\s*[€£¢]?\s*"
+    r"(?!.*[0-9]{31})(?:[a-zA-Z]?\s*=\s*)?(?P<sign>[-+]?)\s*(?P<money>[€£]?)\s*"
     rf"(?:(?P<whole>[0-9]+)\s+(?=[0-9]+\s*/))?(?P<over>{NUMBER})(?:\s*/\s*(?P<under>{NUMBER}))?"
-    rf"\s*[€£¢°]?\s*(?:[(]?{LETTER}(?:{LETTER}|[\s.,;:!'’()&]|(?<={LETTER})[-/](?={LETTER})"
-    r"|\s*\^\s*\{?[23]\}?(?![0-9]))*)?[.!]?")                                    # its unit
-FRACTION = re.compile(r"\\frac\{([^{}]*)\}\{([^{}]*)\}")
+    r"(?P<unit>\D.*)?")
+FRACTION = re.compile(r"\\frac\{([^{}]+)\}\{([^{}]+)\}")
+BOLD = re.compile(r"(?<!\S)\*\*([^*]+)\*\*(?!\S)|\*\*$")        # not 2**3
 
 
-def number(said):
+def number(said, question=""):
     """The number that an answer says, as a Fraction, or None: `72 clips`, `$1,000.50`,
     `-\\frac{3}{4}`, `2 1/2`, `x = 5`."""
     if len(said) > LONGEST:
         return None
-    said = FRACTION.sub(r" \1/\2 ", plain(said.replace("−", "-").replace("**", "")))
-    worked, _, said = said.rpartition("=")
-    found = ANSWER.fullmatch(said.strip())
-    if not found or "," in worked:                              # x = 5, y = 6
+    said = plain(BOLD.sub(r"\1", said.strip()), question)
+    found = ANSWER.fullmatch(FRACTION.sub(r" \1/\2 ", said).strip())
+    if not found:
         return None
     whole, over = Fraction(found["whole"] or 0), Fraction(found["over"])
     under = Fraction(found["under"] or 1)
-    return (whole + over / under) * (-1 if found["sign"] == "-" else 1) if under else None
+    unit = found["money"] + (found["unit"] or "")
+    if not under or found["whole"] and over >= under or not is_unit(unit, question):
+        return None
+    return (whole + over / under) * (-1 if found["sign"] == "-" else 1)
 
 
-def final_number(text):
+def final_number(text, question=""):
     r"""The number that a solution ends with, in its last \boxed{} or after its last ####, whichever
     comes later. None if there is neither, or something else than one number."""
     hashes = text.rfind("####")
     if hashes > max(text.rfind("\\boxed"), text.rfind("\\fbox")):
+        begin = text.rfind("\n", 0, hashes) + 1
         said = text[hashes + 4:].lstrip(" ").partition("\n")[0]
+        if "####" in text[begin:hashes]:                        # two answers on one line
+            return None
     else:
         said = last_boxed(text)
-    return None if said is None else number(said)
+    return None if said is None else number(said, question)
 
 
 def behind_hashes(key, text):
@@ -69,5 +75,5 @@ class GSM8K(Task):
                 "\\boxed{}.")
 
     def reward(self, problem, text):
-        said = final_number(text)
+        said = final_number(text, problem.prompt)
         return float(said is not None and said == number(problem.answer))

@@ -3,8 +3,9 @@ r"""MATH: competition problems whose answers are LaTeX (Hendrycks et al. 2021, a
     {"problem": "... Express your answer as a common fraction.", "answer": "\\frac{17}{2}"}
 
 Only the last \boxed{} of a model's text counts. What stands there is right if it is the answer,
-letter for letter but for spaces, units and the like; if not, math-verify compares both as
-mathematics.
+letter for letter but for spaces, its unit (data/units.py) and the like; if not, math-verify
+compares both as mathematics. To it 7=5 is 5, a set is a point, and two numbers beside each other
+are a product: `another_form` refuses these first.
 
 What a model wrote is hostile until shown otherwise. Nothing that is read here is evaluated:
 math-verify's way from LaTeX to sympy has it in one place, where sympy turns the text of a number
@@ -18,56 +19,94 @@ import math
 import re
 
 from data import Task, fetched, input_error, load_problems
+from data.units import NEVER, is_unit
 
 LONGEST, DEEPEST = 500, 8                               # characters, brackets in each other
 LARGEST_POWER, LARGEST_EXPANSION = 10_000, 30           # of numbers, of sums that hold a letter
 
 BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
-BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+BRACE = re.compile(rf"({BOX.pattern})\{{?|\\\\(?!boxed|fbox)|\\[{{}}]|[{{}}]")
 
 
 def last_boxed(text):
     r"""What stands in the last \boxed{} or \fbox{} of a text, or after a \boxed without braces up
-    to the end of its formula. None if there is none, or if it is never closed."""
-    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    box = BOX.match(text, start) if start >= 0 else None
-    if not box:
+    to the end of its formula. None if there is none, if it is never closed, or if it is inside of
+    another box that holds more."""
+    opened, closed, last = [], [], None
+    for found in BRACE.finditer(text):
+        if found[1]:
+            last = found.end()
+        if found[0] == "{" or found[1] and found[0][-1] == "{":
+            opened.append((found.start(), found.end(), bool(found[1])))
+        elif found[0] == "}" and opened:
+            closed.append((*opened.pop(), found.start()))
+    if last is None:
         return None
-    if text[box.end():box.end() + 1] != "{":
-        return re.compile(r"[^\n$]*").match(text, box.end())[0].strip() or None
-    depth = 0
-    for found in BRACE.finditer(text, box.end()):
-        depth += {"{": 1, "}": -1}.get(found[0], 0)
-        if depth == 0:
-            return text[box.end() + 1:found.start()].strip()
-    return None
+    if text[last - 1] != "{":
+        return re.compile(r"[^\n$]*").match(text, last)[0].strip() or None
+    boxes = [(start, end) for _, start, box, end in closed if box]
+    end = next((end for start, end in boxes if start == last), None)
+    if end is None:
+        return None
+    first, past = min((b for b in boxes if b[1] >= end), default=(last, end))
+    around = text[first:last] + text[end:past]
+    return None if BOX.sub("", around).strip("{} \n$") else text[last:end].strip()
 
 
 # --------------------------------------------------------------------------------------------------
 # Letter for letter
 
+def joined(found):
+    """1,234 as 1234."""
+    return re.sub("[^0-9]", "", found[0])
+
+
+def mixed(found):
+    """3 1/2 as 3\\frac{1}{2}, but 70 4/2 is two numbers."""
+    whole, over, under = found.groups()
+    return rf"{whole}\frac{{{over}}}{{{under}}}" if int(over) < int(under) else found[0]
+
+
+TEXT = r"\\(?:text|mbox|mathrm|textbf|mathbf)"
+# 1,234: what parts thousands has to be the same everywhere. A list (1,234) has two members
+THOUSANDS = (r"(?<![0-9.,])(?<![0-9] )[1-9][0-9]{0,2}(?P<by>%s)[0-9]{3}(?:(?P=by)[0-9]{3})*"
+             r"(?![0-9]|(?P=by)[0-9]|%s)")
 SPELLINGS = [(re.compile(a), b) for a, b in (
+    ("−", "-"),
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-    (r"(?<!\\)\\(?:(?:left|right|displaystyle)(?![a-zA-Z])|[!,;: ])|\\?\$|~", ""),
-    (r"\{,\}", ","),
-    # 50^\circ and 50, 84\% and 84: the question says which
-    (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))|\\?%", ""),
-    (r"\s*[.\n]*$", ""),
-    # a unit, but not "or", "and", "a.m.", nor a second answer
-    (r"(?<=[^\s,])\s*\\(?:text|mbox|mathrm)\s*\{(?!\s*(?:or|and|[ap]\.?m\.?)\s*\})[^{}0-9]*\}"
-     r"(?:\s*\^\s*\{?[23]\}?)?$", ""),
-    (r"\\(?:text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r" \1 "),
+    (THOUSANDS % (r",\\!|\{,\}|\\[, ]|[\u00a0\u2009\u202f]", "(?!)"), joined),
+    (r"(?<!\\)\\(?:(?:left|right|displaystyle)(?![a-zA-Z])|!)", ""),
+    (r"(?<!\\)\\[,;: ]|(?<=[0-9a-zA-Z}])~(?=[a-zA-Z\\])", " "),
+    # dollars, and where a formula begins and ends; not 7$2
+    (r"(?<![0-9a-zA-Z}])\\?\$|\\?\$(?![0-9a-zA-Z\\{(-])", ""),
+    # 50^\circ and 50: the question says which; not 7^\circ 2
+    (r"(?<=[0-9a-zA-Z)}])\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))(?!\s*\.?\s*\w)", ""),
+    (r"\s*(?<!\.)\.?\s*$", ""))]
+AFTER_UNIT = [(re.compile(a), b) for a, b in (
+    (rf"\s*,?(?:\s*{TEXT}\s*\{{\s*(?:or|and)\s*\}}|\s(?:or|and)\s)\s*", ","),
+    (rf"{TEXT}\s*\{{([^{{}}]*)\}}", r" \1 "),
     (r"\\frac\s*(\\[a-z]+|[0-9a-zA-Z])", r"\\frac{\1}"),
     (r"(\\frac\s*\{[^{}]*\})\s*(\\[a-z]+|[0-9a-zA-Z])", r"\1{\2}"),
-    (r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])", lambda m: m[0].replace(",", "")),
     (r"\s+", " "),
-    (r"(?<![0-9a-zA-Z]) | (?![0-9a-zA-Z])", ""),
-)]
+    (r"(?<![0-9.,/])([0-9]{1,9}) ([0-9]{1,9})/([0-9]{1,9})(?![0-9/])", mixed),
+    (r"(?<![0-9a-zA-Z.]) | (?![0-9a-zA-Z.])", ""))]
+LOOSE = re.compile(THOUSANDS % ("[ ,]", r",|\s*/| [0-9]"))
+LIST = re.compile(r"[(\[]|\\\{")
+UNIT = re.compile(r"(?<=[^\s,%\\])\s*(?:\\(?:text|mbox|mathrm)\s*\{([^{}0-9]*)\}"
+                  r"(\s*\^\s*\{?[23]\}?)?|\\?(%))$")
 
 
-def plain(answer):
-    """One spelling for what is written in many, as far as no mathematics is needed."""
+def plain(answer, question=""):
+    """One spelling for what is written in many, as far as no mathematics is needed, and without
+    what is_unit takes for a unit."""
     for pattern, text in SPELLINGS:
+        answer = pattern.sub(text, answer.strip())
+    if not LIST.search(answer):
+        answer = LOOSE.sub(joined, answer)
+    found = UNIT.search(answer)
+    if found and is_unit("".join(part.strip() for part in found.groups() if part), question):
+        answer = answer[:found.start()]
+    for pattern, text in AFTER_UNIT:
         answer = pattern.sub(text, answer.strip())
     return answer.strip()
 
@@ -78,7 +117,7 @@ def plain(answer):
 COMMANDS = set("""frac dfrac tfrac cfrac sqrt pi theta alpha beta gamma phi omega lambda infty cdot
     times div pm mp cup cap in le leq ge geq lt gt ne neq sin cos tan cot sec csc arcsin arccos
     arctan log ln left right text textbf mbox mathrm mathbf mathbb circ degree begin end pmatrix
-    bmatrix vmatrix emptyset varnothing quad ldots dots displaystyle overline lfloor rfloor lceil
+    bmatrix vmatrix emptyset varnothing quad displaystyle overline lfloor rfloor lceil
     rceil""".split())
 # numbers of more than 30 digits, n!, 1E9, (n)_k: all of them explode
 WILD = re.compile(r"[0-9]{31}|(?<!\\)!|[0-9]\s*[eE]\s*[-+]?\s*[0-9]|\)\s*_"
@@ -133,25 +172,51 @@ def comparison():
     return compare
 
 
-SUBSCRIPT = re.compile(r"(?<=[0-9])_\{?([0-9]+)")
+SUBSCRIPT = re.compile(r"(?<=[0-9])_(?:\{([0-9]+)\}|([0-9]))")
 WORDS = re.compile(r"(?<![a-zA-Z\\{])[a-zA-Z]{3,}")
-UNIT = re.compile(r"(?<=[0-9}]) ?(?:(?:cm|mm|km|ft|in|kg|lb|sq\.?|[a-zA-Z]{3,})(?: |$|(?=\^)))+"
-                  r"(?:\^[23])?$")
+LOWER = re.compile(r"(?<![a-zA-Z\\])[a-z]{2,}")
+BARE = re.compile(r"(?<=[0-9}]) ?((?:(?:cm|mm|km|ft|in|kg|lb|sq\.?|[a-zA-Z]{3,})(?: |$|(?=\^)))+"
+                  r"(?:\^[23])?)$")                             # a unit without \text
+IN_TEXT = re.compile(rf"{TEXT}\s*\{{([^{{}}]*)\}}")
+NAMED = re.compile(r"(^|,)(?:[a-zA-Z]|\\[a-z]+)(?:_[0-9a-z])?(?:\([a-z]\))?=(?!=)")  # x=5, f(x)=5
+# signs of another meaning, and two numbers beside each other, which math-verify multiplies
+DOUBTFUL = re.compile(r"circ|[$~%'\"?]|\.\.|[0-9] \.?[0-9]|\. |\\(?:pi|infty|theta) ?[0-9]"
+                      r"|(?<!\\begin\{[pbv]matrix)[})] ?[0-9]|(?<![a-zA-Z\\])[a-zA-Z]{1,2} ?[0-9]")
+
+
+def brackets(answer):
+    """The outer brackets of a point, an interval or their union; a set in braces has none."""
+    first = answer[:1]
+    return first + answer[-1:] if first == "[" or first == "(" and "," in answer else ""
+
+
+def another_form(answer, said):
+    """Whether these differ before any mathematics: in what math-verify overlooks."""
+    return bool(DOUBTFUL.search(said) or WORDS.search(said)
+                or NEVER & set(LOWER.findall(said)) or "=" in said and "=" not in answer
+                or answer.count(",") != said.count(",") or brackets(answer) != brackets(said))
 
 
 @functools.lru_cache(4096)                                      # a group's answers repeat
-def same(answer, said):
+def same(answer, said, question=""):
     """Whether `said` (a model's, LaTeX) is the same as `answer`."""
     if len(said) > LONGEST:                                     # before the first pattern sees it
         return said == answer
-    answer, said = plain(answer), plain(said)
-    if not re.search(r"(?<!\\)\b[a-zA-Z]", answer):
-        said = UNIT.sub("", said)
+    named = "percent" * ("%" in answer) + " degree" * ("circ" in answer)
+    asked = " ".join([question, named, *IN_TEXT.findall(answer)])
+    answer, said = plain(answer), plain(said, asked)
+    unit = BARE.search(said)
+    if unit and not re.search(r"(?<!\\)\b[a-zA-Z]", answer) and is_unit(unit[1], asked):
+        said = said[:unit.start()]
     words = WORDS.search(answer)
     if answer == said or words and answer.lower() == said.lower():
         return True
-    bases = [SUBSCRIPT.findall(t) for t in (answer, said)]      # 101_2 is read as 101
-    if bases[1] and bases[0] != bases[1] or ":" in answer or words:
+    if "=" not in answer:
+        said = NAMED.sub(r"\1", said)
+    if SUBSCRIPT.search(answer) or SUBSCRIPT.search(said):      # math-verify reads 101_2 as 101
+        answer, said = (SUBSCRIPT.sub(r"_\1\2", text) for text in (answer, said))
+        return said in (answer, answer.partition("_")[0])
+    if ":" in answer or words or another_form(answer, said):
         return False
     try:
         return tame(answer) and tame(said) and comparison()(answer, said)
@@ -185,4 +250,4 @@ class Math(Task):
     def reward(self, problem, text):
         """1.0 when the text's last box says what the problem's answer says."""
         said = last_boxed(text)
-        return float(said is not None and same(problem.answer, said))
+        return float(said is not None and same(problem.answer, said, problem.prompt))

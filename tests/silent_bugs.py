@@ -114,13 +114,44 @@ bug("a number may be used twice", "data/countdown.py",
     "sorted(used) == sorted(numbers)",
     "set(used) == set(numbers)",
     "Countdown is solved by rules that it does not have.",
-    "test_tasks.py::test_countdown")
+    "test_graders.py::test_countdown")
 
 bug("a minus sign is dropped", "data/gsm8k.py",
     '(-1 if found["sign"] == "-" else 1)',
     "1",
     "The grader takes -7 for 7. No metric shows it.",
-    "test_tasks.py::test_numbers_of_gsm8k")
+    "test_graders.py::test_numbers_of_gsm8k")
+
+bug("any word is a unit", "data/units.py",
+    "all(word & known(question) for word in said)",
+    "True",
+    "An answer that is taken back, as in \"72 lies\", is paid for like one that stands.",
+    "test_graders.py::test_gsm8k_takes_no_other", "test_graders.py::test_math_takes_no_other")
+
+bug("a million is a unit", "data/units.py",
+    "if NEVER & set().union(*said):",
+    "if not said:",
+    "5 million is 5 wherever the question speaks of millions.",
+    "test_graders.py::test_gsm8k_takes_no_other",
+    "test_graders.py::test_a_unit_is_of_the_questions_words_and_changes_nothing")
+
+bug("a point is a number with thousands", "data/math_answers.py",
+    "if not LIST.search(answer):",
+    "if answer:",
+    "The point (1,234) is 1234, and no metric shows it.",
+    "test_graders.py::test_math_takes_no_other")
+
+bug("a box inside of another is enough", "data/math_answers.py",
+    'return None if BOX.sub("", around).strip("{} \\n$") else text[last:end].strip()',
+    "return text[last:end].strip()",
+    "One box with two numbers counts by the inner one.",
+    "test_graders.py::test_gsm8k_takes_no_other", "test_graders.py::test_math_takes_no_other")
+
+bug("an equation counts by its right side", "data/math_answers.py",
+    """or "=" in said and "=" not in answer""",
+    "",
+    "7=5 is 5: a false equation that ends well is paid for.",
+    "test_graders.py::test_math_takes_no_other")
 
 bug("the demonstrator's stop token is masked", "run/base.py",
     "answer[i, start:len(row)] = row, True",

@@ -1,25 +1,19 @@
-"""Tasks for models that read, and what stands between them and whatever a model writes."""
+"""Tasks for models that read, and the guard around their rewards. What the graders say: test_graders.py."""
 import http.server
 import json
 import os
 import pathlib
-import re
 import threading
 import time
-from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import train_rl
 from data import FETCHED, Problem, prepare, stream
-from data.countdown import Countdown, evaluate, ways
+from data.countdown import Countdown
 from data.env import Env
-from data.gsm8k import final_number, number
 from data.guard import Guard
-from data.math_answers import last_boxed, tame
 from data.own import load_own
 from data.tasks import make_task
 from data.tokenizer import PAD, STOP, decode, encode
@@ -27,195 +21,10 @@ from precision import InputError
 from sample import Rollout
 
 HERE = pathlib.Path(__file__).resolve().parent.parent
-FIXTURES = HERE / "data" / "fixtures"
 
 
 def lines(path):
     return [json.loads(x) for x in path.read_text(encoding="utf-8").splitlines()]
-
-
-# --- GSM8K
-
-
-@pytest.mark.parametrize("said, value", [
-    ("72", 72), ("72 clips", 72), ("$1,000.50", Fraction(2001, 2)), ("0.50", Fraction(1, 2)), (".5", Fraction(1, 2)),
-    ("-7", -7),
-    ("−7", -7), ("3/4", Fraction(3, 4)), (r"\frac{3}{4}", Fraction(3, 4)), (r"-\dfrac{3}{4}", Fraction(-3, 4)),
-    (r"1{,}000", 1000), (r"1\,000", 1000), ("12%", 12), (r"12\%", 12), (r"5 \text{ hours}", 5), ("10 dollars.", 10),
-    ("72.", 72),
-    ("x = 5", 5), ("2 1/2", Fraction(5, 2)), ("", None), ("none", None), ("3 or 4", None), ("5+3", None), ("1/0", None),
-    ("9" * 31, None), ("1,00", None), ("1" * 100_000, None), ("1 2", None), ("x = 5, y = 6", None), (r"5 \text{ or 6}", None),
-    ("(" * 5000, None)])
-def test_numbers_of_gsm8k(said, value):
-    assert number(said) == value
-
-
-def test_final_numbers():
-    assert final_number("5 and 6\n#### 1,234 apples\nmore 7") == 1234 and final_number(r"so \boxed{8}, or 9") == 8
-    assert final_number("#### 1\nno: \\boxed{2}") == 2 and final_number("\\boxed{2} no\n#### 1") == 1
-    assert final_number("the answer is 5") is None and final_number("####") is None and final_number("\\boxed{") is None
-
-
-@pytest.mark.parametrize("path", [FIXTURES / "gsm8k.jsonl", FETCHED / "gsm8k-train.jsonl"],
-                         ids=["fixture", "all 7,473"])
-def test_every_solution_of_gsm8k_is_right_and_perturbed_ones_are_wrong(path):
-    if not path.exists():
-        pytest.skip("the whole data set is not at hand")
-    task, rows = make_task("gsm8k"), lines(path)
-    for problem, row in zip(task.load(str(path)), rows, strict=True):
-        value, work = number(problem.answer), row["answer"].rpartition("####")[0]
-        assert task.reward(problem, row["answer"]) == 1 == task.reward(problem, rf"\boxed{{{problem.answer}}}")
-        for wrong in (f"#### {value + 1}", f"#### {-value or 5}", f"#### {value}0 3", "", f"{value}"):
-            assert task.reward(problem, work + wrong) == 0, (problem, wrong)
-
-
-# --- MATH
-
-
-def test_boxes():
-    assert last_boxed(r"\boxed{1} and \boxed{\frac{a}{b}}.") == r"\frac{a}{b}" and last_boxed(r"\fbox{x}") == "x"
-    assert last_boxed(r"$\boxed 5$") == "5" and last_boxed(r"\boxed{\{1\}}") == r"\{1\}"
-    assert last_boxed("none") is None and last_boxed(r"\boxed{1") is None and last_boxed(r"\boxed{1} \boxed{2") is None
-    begin = time.time()
-    assert last_boxed(r"\boxed{" * 50_000) is None and last_boxed(r"\boxed{" + "{" * 10 ** 6) is None
-    assert time.time() - begin < 30                                       # quadratic would be hours
-
-
-@pytest.fixture(scope="module")
-def math():
-    pytest.importorskip("math_verify")
-    return make_task("math").prepare()
-
-
-@pytest.mark.parametrize("path", [FIXTURES / "math.jsonl", FETCHED / "math-sanity.jsonl"],
-                         ids=["fixture", "all 1,460"])
-def test_every_answer_of_math_is_right_in_a_box_and_the_next_one_is_wrong(path, math):
-    """The fixture's answers are all different. Of the whole set whole numbers alone are easily told
-    apart."""
-    if not path.exists():
-        pytest.skip("the whole data set is not at hand")
-    problems = math.load(str(path))
-    assert len(problems) == len(lines(path))
-    for p, other in zip(problems, [*problems[1:], problems[0]]):
-        assert math.reward(p, rf"So it is $\boxed{{{p.answer}}}$.") == 1, p
-        assert math.reward(p, p.answer) == 0                              # without a box it is no answer
-        if path.parent == FIXTURES or p.answer.isdecimal() and other.answer.isdecimal():
-            right = p.answer == other.answer
-            assert math.reward(p, rf"\boxed{{{other.answer}}}") == right, (p, other)
-
-
-@pytest.mark.parametrize("answer, same, other", [
-    (r"\frac{1}{2}", ["0.5", "1/2", r"\dfrac{1}{2}", r"\frac12", r"\frac{2}{4}", ".5", r"x = \frac{1}{2}", "0.50"],
-     [r"\frac{2}{1}", "0.51", r"-\frac{1}{2}", r"\frac{1}{2}x", "0.5000001"]),
-    (r"6\sqrt{2}", [r"\sqrt{72}", r"\sqrt{2} \cdot 6", r"6 \sqrt 2"], [r"6\sqrt{3}", r"\sqrt{2}", "8.485", "62"]),
-    ("(1,2)", ["(1, 2)", r"\left(1,2\right)"], ["(2,1)", "(1,3)", "1", "[1,2]"]),
-    ("x^2+4x+4", ["(x+2)^2", "4+4x+x^2"], ["x^2+4x", "(x+3)^2"]),
-    ("1100_2", ["1100_{2}", "1100"], ["1100_3"]), (r"60^\circ", ["60", r"60^{\circ}"], ["61", r"60 \text{ or 61}"]),
-    (r"\frac{1}{2^{98}}", [r"2^{-98}"], ["0", r"\frac{2}{2^{98}}", r"\frac{1}{2^{97}}"]),
-    (r"\text{(A)}", ["(A)", r"\textbf{(A)}"], ["(B)"]),
-    (r"1,\!000,\!000", ["1,000,000", "1000000", "10^6"], ["1,000", "1,000,001"]),
-    (r"\begin{pmatrix} 2 & 0 \\ 0 & 2 \end{pmatrix}", [r"\begin{bmatrix}2&0\\0&2\end{bmatrix}"],
-     [r"\begin{pmatrix} 2 & 0 \\ 2 & 0 \end{pmatrix}"])])
-def test_the_same_mathematics(answer, same, other, math):
-    for said in same:
-        assert math.reward(Problem("", answer), rf"\boxed{{{said}}}") == 1, said
-    for said in other:
-        assert math.reward(Problem("", answer), rf"\boxed{{{said}}}") == 0, said
-
-
-HOSTILE = ["9^{9^{9^{9}}}", "(x+1)^{9999}", "(x+y+z)^{99}", "(1+i)^{9999}",
-           "10^{10^{10}}", "99999!", "(3!)!!!!!!", "2^{99999999}", "((2^{99})^{99})^{99}", "1E999999999",
-           "9" * 400, "__import__('os').system('true')", "().__class__", r"\text{__import__('os')}", "lambda: 0",
-           "x" * 400, "{" * 200, "(" * 300, r"\sum_{n=1}^{99999999} n", r"\int_0^1 x^x dx", r"\binom{99999}{5000}",
-           r"\sqrt[99999]{2}", "\x00", "é²", "\\", "^", "1/0", r"\frac{1}{0}", r"\log_{0}{0}", "()", "=", "=5=", ",",
-           "nan", "oo", r"\infty - \infty"]
-
-
-def test_hostile_answers_end_and_never_reach_eval(math, monkeypatch):
-    """Whatever is asked of the grader, Python's eval sees nothing of it; nothing hangs, nothing is right."""
-    import builtins
-    seen, real = [], builtins.eval
-    monkeypatch.setattr(builtins, "eval", lambda code, *rest: seen.append(code) or real(code, *rest))
-    begin = time.time()
-    for answer in ("5", r"\frac{1}{2}", "x^2+1"):
-        for said in HOSTILE:
-            assert math.reward(Problem("", answer), rf"\boxed{{{said}}}") == 0, said
-    assert math.reward(Problem("", "0.25"), r"\boxed{\frac{1}{4}}") == 1   # numbers do not need it either
-    assert not [c for c in seen if isinstance(c, str)], seen
-    assert time.time() - begin < 60 and not tame("9^{9^{9}}") and tame(r"\frac{x^2}{3}")
-
-
-# --- countdown
-
-
-def by_python(text):
-    """The value as Python calculates it. For these tests' own texts alone: `evaluate` executes nothing."""
-    return eval(re.sub(r"0*([0-9]+)", r"Fraction(\1)", text))
-
-
-EXPRESSIONS = st.recursive(st.integers(0, 99).map(str), lambda inner: st.builds(
-    lambda a, op, b, bare: f"{a}{op}{b}" if bare else f"({a} {op} {b})",
-    inner, st.sampled_from("+-*/"), inner, st.booleans()), max_leaves=8)
-
-
-@settings(max_examples=400, deadline=None)
-@given(EXPRESSIONS)
-def test_expressions_against_python_itself(text):
-    try:
-        want = by_python(text)
-    except ZeroDivisionError:
-        want = None
-    if want is None or len(text) > 200:
-        with pytest.raises(ValueError):
-            evaluate(text)
-    else:
-        value, used = evaluate(text)
-        assert value == want and used == [int(n) for n in re.findall("[0-9]+", text)]
-
-
-SIGNS = "0123456789+-*/() .^_e[]"
-DAMAGED = st.builds(lambda text, at, drop, more: text[:at] + more + text[at + drop:],
-                    EXPRESSIONS, st.integers(0, 20), st.integers(0, 2), st.text(SIGNS, max_size=2))
-
-
-@settings(max_examples=600, deadline=None)
-@given(st.text(SIGNS, max_size=40) | DAMAGED)
-def test_what_is_no_expression_is_refused(text):
-    """Either it is read as Python reads it, or it is refused."""
-    try:
-        value, _ = evaluate(text)
-    except ValueError:
-        value = None
-    assert value is None or value == by_python(text)
-
-
-@pytest.mark.parametrize("text", [
-    "", " ", "2**3", "2^3", "-5", "+5", "3--2", "1/0", "1/(2-2)", "(1", "1)", "1 2", "1.5", "1e3", "a", "()", "1+",
-    "*1", "٣", "1_0", "9999999", "(" * 21 + "1" + ")" * 21, "1+" * 200 + "1", "(" * 10 ** 6])
-def test_hostile_expressions(text):
-    with pytest.raises(ValueError):
-        evaluate(text)
-
-
-def test_countdown():
-    task, wrong, rng = Countdown(3, 0.0), Countdown(3, 1.0), stream(0)
-    right = 0
-    for _ in range(100):
-        p = task.problem(rng)
-        good, bad = task.demonstrate(p, rng), wrong.demonstrate(p, rng)
-        assert task.reward(p, good) == 1 and task.reward(p, f"#{p.answer}") == 1
-        right += task.reward(p, bad)
-        assert len(p.prompt) <= task.prompt_length and len(good) < task.answer_length > len(bad)
-    assert right < 10                                                     # a few have no other way to go
-    p = Problem("3,5,7=38:", "(5*7)+3")
-    for text, reward in (("#(5*7)+3", 1), ("<answer>3 + 5*7</answer>", 1), ("5*7=35;#3+7*5", 1), ("#38", 0),
-                         ("#5*7+3+0", 0), ("#5*7+3+7-7", 0), ("#5*7+3 and", 0), ("(5*7)+3", 0), ("#35+3", 0), ("#5*7+", 0),
-                         ("<answer>1</answer><answer>3+5*7</answer>", 1)):
-        assert task.reward(p, text) == reward, text
-    assert "3, 5, 7" in task.prompt(p.prompt) and "38" in task.prompt(p.prompt)
-    assert all(evaluate(t.partition("#")[2])[0] == v for v, ts in ways((1, 4, 6)).items() for t in ts)
-    with pytest.raises(InputError, match="--digits says how many"):
-        Countdown(9, 0.1)
 
 
 # --- a task of your own, and the guard
