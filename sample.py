@@ -37,7 +37,8 @@ ROWS = 512                          # answers that are decoded at once
 
 @dataclass
 class Rollout:
-    """R answers. Rows are right-padded sequences, prompt first: position = slot, in the cache as in training."""
+    """R answers. Rows are right-padded sequences, prompt first: position = slot, in the cache as
+    in training."""
     tokens: torch.Tensor            # (R, T) int64
     logp: torch.Tensor          # (R, T) FP32, log-prob of each answer token as sampled, 0 elsewhere
     prompt_length: torch.Tensor     # (R,) int64
@@ -191,9 +192,8 @@ class Sampler:
         self._write(out, tokens, logps, routes)
 
     def _write(self, out, tokens, logps, routes):
-        """Sampled tokens (T, R) go after the prompts, up to the first stop token. A row that had
-        finished went on being sampled until it was dropped: what follows its stop token is thrown
-        away."""
+        """Sampled tokens (T, R) go after the prompts, up to the first stop token. What a finished
+        row went on with until it was dropped is thrown away."""
         is_stop = self.ends(tokens)
         live = is_stop.cumsum(0) - is_stop.long() == 0
         out.stopped |= is_stop.any(0)
@@ -207,8 +207,8 @@ class Sampler:
             out.routes[at] = routes
 
     def _routes(self, out, prompt_of, width, steps):
-        """With experts: where the prompts' tokens went is written to out.routes, and room is made
-        for those of the answers, (T, R, MoE layers, K)."""
+        """With experts: where the prompts' tokens went goes to out.routes. -> room for those of the
+        answers, (T, R, MoE layers, K)."""
         routes = self.model.routes()                                             # (P, W, layers, K)
         if routes is None:
             return None
@@ -245,8 +245,7 @@ def solve(sampler, env, problems, n, seed, temperature=1.0, rows=ROWS, progress=
     right, per = [], max(1, rows // n)
     for i in range(0, len(problems), per):
         part = problems[i:i + per]
-        prompts = [env.tokens(p) for p in part]
-        out = sampler.generate(prompts, n, env.answer_length, temperature, seed, first=i)
+        out = sampler.generate([*map(env.tokens, part)], n, env.answer_length, temperature, seed, i)
         good = [r == 1.0 for r in env.rewards(part, out)]
         right += [sum(good[j:j + n]) for j in range(0, len(good), n)]
         if progress:
@@ -256,6 +255,23 @@ def solve(sampler, env, problems, n, seed, temperature=1.0, rows=ROWS, progress=
 
 # --------------------------------------------------------------------------------------------------
 # Command line
+
+
+def ask(a, sampler, tokenizer, prompt):
+    """Print a.n answers to a prompt, ROWS at a time."""
+    tokens, context = tokenizer.prompt(prompt, a.system), sampler.model.cfg.context
+    if (room := context - len(tokens)) < 1:
+        raise InputError(f"the prompt has {len(tokens)} tokens, the model's context is {context}: "
+                         "no room for an answer")
+    gap, most = ("", room) if tokenizer is Bytes else ("\n", 512)
+    new = a.max_new_tokens or min(room, most)
+    for i in range(0, a.n, ROWS):
+        out = sampler.generate([tokens], min(ROWS, a.n - i), new, a.temperature, a.seed, i)
+        for r, text in enumerate(out.texts(tokenizer)):
+            span = slice(len(tokens), int(out.length[r]))
+            drawn = dict(tokens=out.tokens[r, span].tolist(), logp=out.logp[r, span].tolist())
+            print(json.dumps(dict(prompt=prompt, text=text, **drawn)) if a.json else
+                  prompt + gap + text + " [cut off]" * (not out.stopped[r]), flush=True)
 
 
 def evaluate(a, sampler, tokenizer, run):
@@ -275,8 +291,8 @@ def evaluate(a, sampler, tokenizer, run):
     ks = [2 ** i for i in range(9) if 2 ** i <= n]
     scores = {k: float(np.mean([pass_at_k(n, c, k) for c in right])) for k in ks}
     if a.json:
-        scores = {f"pass@{k}": v for k, v in scores.items()}
-        return print(json.dumps({"task": name, "problems": len(problems), "n": n, **scores}))
+        about = dict(task=name, problems=len(problems), n=n)
+        return print(json.dumps(about | {f"pass@{k}": v for k, v in scores.items()}))
     size = f" with {run['digits']} digits" if name in SCRATCH and "digits" in run else ""
     print(f"{name}{size}, {len(problems)} problems x {n} tries, temperature {a.temperature:g}: "
           + "  ".join(f"pass@{k} {v:.3f}" for k, v in scores.items()))
@@ -295,8 +311,7 @@ def parse(argv):
         help="longest answer, stop token included (default: what the task or the context allows)")
     add("--precision", default="fp16", help="fp32, tf32, bf16, fp16 or eXmY")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--fast", action=argparse.BooleanOptionalAction, default=True,
-        help="compiled operators, CUDA graphs")
+    add("--fast", action=argparse.BooleanOptionalAction, default=True, help="compiled code, graphs")
     add("--seed", type=ranged(int, 0, 2 ** 63 - 1), default=0, help="the same, the same answers")
     add("--json", action="store_true", help="one JSON object an answer: prompt, text, tokens, logp")
     add("--eval", action="store_true", help="unbiased pass@k on fresh problems, or on --data")
@@ -313,11 +328,9 @@ def main(argv=None):
     a = parse(argv)
     device = pick_device(a.device)
     num = numerics(a.precision, device, a.fast)
-    if not (a.prompt or a.eval or a.save):
-        raise InputError("nothing to do: give --prompt TEXT, --eval or --save DIR")
-    if not a.model:
-        raise InputError("which model? --model out/RUN, the folder of a run of train_rl.py, or "
-                         "that of a Hugging Face checkpoint")
+    if not a.model or not (a.prompt or a.eval or a.save):
+        raise InputError("which model, and what to do? --model out/RUN, or a Hugging Face "
+                         "checkpoint's folder; and --prompt TEXT, --eval or --save DIR")
     model, tokenizer, run = open_model(a.model, device)
     if a.save:
         if model.lora:
@@ -328,22 +341,7 @@ def main(argv=None):
     model.use(num.hold(model.parameters()))
     sampler = Sampler(model, tokenizer.stop, tokenizer.pad, a.fast)
     for prompt in a.prompt:
-        tokens = tokenizer.prompt(prompt, a.system)
-        room = model.cfg.context - len(tokens)
-        if room < 1:
-            raise InputError(f"the prompt has {len(tokens)} tokens, the model's context is "
-                             f"{model.cfg.context}: no room for an answer")
-        new = a.max_new_tokens or (room if tokenizer is Bytes else min(room, 512))
-        for begin in range(0, a.n, ROWS):
-            out = sampler.generate([tokens], min(ROWS, a.n - begin), new, a.temperature, a.seed, begin)
-            for r, text in enumerate(out.texts(tokenizer)):
-                if a.json:
-                    some = slice(len(tokens), int(out.length[r]))
-                    print(json.dumps(dict(prompt=prompt, text=text, tokens=out.tokens[r, some].tolist(),
-                                          logp=out.logp[r, some].tolist())), flush=True)
-                else:
-                    gap = "" if tokenizer is Bytes else "\n"
-                    print(f"{prompt}{gap}{text}{'' if out.stopped[r] else ' [cut off]'}", flush=True)
+        ask(a, sampler, tokenizer, prompt)
     if a.eval:
         evaluate(a, sampler, tokenizer, run)
 

@@ -308,7 +308,7 @@ def test_eval_and_plain_output(run_folder, capsys):
     "flags, words",
     [
         (["--prompt", "x" * 50], "no room for an answer"),
-        ([], "nothing to do"),
+        ([], "what to do"),
         (["--prompt", ""], "empty"),
         (["--prompt", "x", "--precision", "fp61"], "did you mean fp16"),
         (["--prompt", "x", "--device", "cuda:7"], "is not there"),
@@ -344,3 +344,14 @@ def test_any_of_several_tokens_ends_an_answer(device):
         cut = next((i + 1 for i, t in enumerate(said) if t in (stop, other)), len(said))
         assert both.tokens[row, start:int(both.length[row])].tolist() == said[:cut]
         assert bool(both.stopped[row]) == (said[cut - 1] in (stop, other))
+
+
+def test_many_answers_come_in_parts(run_folder, monkeypatch, capsys):
+    """65,536 answers of 500 tokens would not fit at once. In parts they are the first ones of the whole, and all differ."""
+    def ask():
+        sample.main(["--model", run_folder, "--prompt", "1+", "--n", "12", "--device", "cpu", "--no-fast", "--json"])
+        return [tuple(json.loads(x)["tokens"]) for x in capsys.readouterr().out.splitlines()]
+    whole = ask()
+    monkeypatch.setattr(sample, "ROWS", 4)
+    parts = ask()
+    assert len(parts) == 12 and parts[:4] == whole[:4] and len(set(parts)) == len(set(whole)) == 12
