@@ -92,6 +92,7 @@ INLINE vf sigmoid(vf x) {                           /* the smaller of e^x and e^
 /* Rounding to nearest even, as precision.emulate does it. `kind` does not change in a loop: the compiler asks for it once */
 
 typedef struct { int32_t kind, cut; float tiny, big, max; } format;
+_Static_assert(sizeof(format) == 20, "as compiled.py has it");
 enum { FP32, FP16, WIDE, ANY };           /* WIDE: FP32's exponent bits, fewer mantissa bits */
 
 INLINE vf cut_bits(vf x, int cut) {
@@ -398,6 +399,7 @@ void linear(const float *x, const float *w, const float *bias, float *y, i64 M, 
 typedef struct {                    /* shapes and strides (row, head, token) of one call; features are next to each other */
     int64_t B, H, KV, Tq, Tk, D, causal, q[3], k[3], v[3], o[3], dout[3], dq[3], dk[3], dv[3], mask[2];
 } shape;
+_Static_assert(sizeof(shape) == 264, "as compiled.py has it");
 #define AT(p, s, b, h, t) ((p) + (b) * (s)[0] + (h) * (s)[1] + (t) * (s)[2])
 
 /* (T, D) with rows `stride` apart, times scale -> (T / NR, D, NR), zeros after the end */
@@ -556,7 +558,9 @@ typedef struct {                    /* rounded weights, matrices as pack left th
     int64_t C, H, KV, D, F, exact;
     float eps;
 } layer;
+_Static_assert(sizeof(layer) == 144, "as compiled.py has it");
 typedef struct { float *scale1, *q, *sums, *att, *x2, *scale2, *gate_up; } kept;    /* a token a row; q, sums: (B, H, T, .) */
+_Static_assert(sizeof(kept) == 56, "as compiled.py has it");
 
 /* each thread takes an equal share of the sequences, and of these some at a time */
 #define SEQUENCES(B, T, threads) for (i64 share = 0; share < (threads); share++) \

@@ -32,7 +32,10 @@ def hook(event, args):
             return
     elif event not in KNOWN:
         return
-    os.write(log, (json.dumps([event, repr(args[0]), repr(args)[:2000]]) + "\\n").encode())
+    first = args[0] if isinstance(args[0], int) else str(args[0])
+    if isinstance(args[0], bytes) or hasattr(args[0], "__fspath__"):
+        first = os.fsdecode(args[0])
+    os.write(log, (json.dumps([event, first, repr(args)[:2000]]) + "\\n").encode())
 
 KNOWN = {*NETWORK, *CHANGES, *RUNS}
 log = os.open(os.environ["TENBIT_AUDIT"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -70,10 +73,10 @@ def watched(tmp_path_factory):
 
 def outside(watched, events):
     """Of paths that were changed, those that are neither in the run's folder nor in the cache."""
-    changed = [(e, eval(path)) for e, path, _ in events if e == "open" or e.split(".")[0] in ("os", "shutil", "tempfile")
+    changed = [(e, path) for e, path, _ in events if e == "open" or e.split(".")[0] in ("os", "shutil", "tempfile")
                and e not in ("os.system", "os.exec", "os.posix_spawn")]
-    good = [str(watched.folder / "cache"), str(watched.folder / "work" / "out"), os.devnull]
-    at = [(e, os.path.join(watched.folder / "work", os.fsdecode(path))) for e, path in changed if not isinstance(path, int)]
+    good = [str(watched.folder / "cache"), str(watched.folder / "work" / "out"), str(watched.folder / "tmp"), os.devnull]
+    at = [(e, os.path.join(watched.folder / "work", path)) for e, path in changed if not isinstance(path, int)]
     return [(e, path) for e, path in at if not any(path == g or path.startswith(g + os.sep) for g in good)]
 
 
@@ -87,7 +90,7 @@ COMMANDS = {
     "evaluate": ["sample.py", "--model", "out/a", "--eval", "--problems", "4", "--n", "2"],
     "save": ["sample.py", "--model", "out/a", "--save", "out/hf"],
     "train a checkpoint": ["train_rl.py", "--model", "out/hf", "--task", "addition", "--digits", "1", "--steps", "1",
-                           "--heldout", "2", "--prompts", "2", "--out", "out/c", "--device", "cpu"],
+                           "--pool", "20", "--heldout", "2", "--prompts", "2", "--out", "out/c", "--device", "cpu"],
 }
 
 
@@ -100,11 +103,13 @@ def test_a_command_reaches_no_further_than_it_says(watched, name):
     assert not [e for e in events if e[0].startswith(("socket.", "urllib."))]
     assert not [e for e in events if e[0] in ("pickle.find_class", "os.system")]
     assert not outside(watched, events)
-    started = {os.path.basename(eval(path)) for e, path, _ in events if e == "subprocess.Popen"}
+    started = {os.path.basename(path) for e, path, _ in events if e == "subprocess.Popen"}
     python = {os.path.basename(sys.executable)}
-    assert started <= {"cc", "gcc", "clang", "git", "uname", "lscpu", *python}
+    assert started <= {"cc", "gcc", "clang", "git", "uname", "fc-list", *python}            # matplotlib looks for fonts
     assert sorted(p for p in ROOT.glob("*") if p.name not in (".pytest_cache", ".hypothesis", ".ruff_cache")) == before
-    assert not list((watched.folder / "home").iterdir()) and not list((watched.folder / "tmp").iterdir())
+    assert not list((watched.folder / "home").iterdir())
+    left = [p for p in (watched.folder / "tmp").rglob("*") if not (p.is_dir() and p.name.startswith("torchinductor_"))]
+    assert not left                                                       # torch makes that folder, empty, when it is imported
 
 
 def test_the_hook_would_see_it(watched):
@@ -127,7 +132,7 @@ import sys
 from data import Problem
 from data.guard import Guard
 from data.tasks import make_task
-guard = Guard(make_task(sys.argv[1], 1, 0.0), 5.0, workers=1)
+guard = Guard(make_task(sys.argv[1], 3, 0.0), 5.0, workers=1)
 H = "__import__('os').system('TEXT OF THE MODEL')"
 texts = [H, "#" + H, "#### " + H, "\\\\boxed{" + H + "}", "#1+" + H, "<<1=1>>" + H,
          "1+1=2;#" + H, "\\\\boxed{\\\\frac{" + H + "}{2}}",
@@ -150,6 +155,6 @@ def test_what_a_model_writes_is_not_run(watched, task):
 
 def test_and_such_a_text_is_wrong():
     for task in ("addition", "reverse", "gsm8k", "countdown"):
-        guard = Guard(make_task(task, 1, 0.0))
+        guard = Guard(make_task(task, 3, 0.0))
         for prompt, answer in PAIRS[task]:
             assert guard.rewards([(Problem(prompt, answer), f"#{HOSTILE}"), (Problem(prompt, answer), HOSTILE)]) == [0.0, 0.0]

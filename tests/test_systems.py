@@ -229,6 +229,12 @@ def test_the_c_code_has_no_type_of_another_width_on_windows():
     assert "c_long" not in pathlib.Path(code.__file__).read_text(encoding="utf-8").replace("c_longlong", "")
 
 
+def test_structures_have_the_size_that_the_c_code_asserts():
+    """So that no compiler, on no system, lays them out otherwise in silence."""
+    asserted = dict(re.findall(r"_Static_assert\(sizeof\((\w+)\) == (\d+)", code.SOURCE.read_text(encoding="utf-8")))
+    assert asserted == {c.__name__.lower(): str(ctypes.sizeof(c)) for c in (code.Format, code.Shape, code.Layer, code.Kept)}
+
+
 @compiled
 def test_sizes_are_passed_with_64_bits():
     from operators import CACHE
