@@ -499,6 +499,16 @@ def folders():
         said = (ctx.folder / "second").read_text()
         if not said.startswith("1 ") or not ("another run is at work" in said or "already holds a run" in said):
             raise InputError(f"a second run was not refused: {said}")
+    def beside(ctx):
+        status, _, err = spawn(command(Fault(""), "other"), Context(ctx.folder, ctx.cache))
+        (ctx.folder / "second").write_text(f"{status} {err}")
+
+    def has_ended_well(ctx):
+        if (said := (ctx.folder / "second").read_text()) != "0 ":
+            raise InputError(f"the other run: {said}")
+    for moment in ("imitation", "the base's checkpoint", "rename"):
+        yield Fault(f"folder: another run makes the same base at {moment}", inside=at(moment, partial(time.sleep, 1.5)),
+                    outside=when("learn to imitate", beside), after=has_ended_well, ends=(0,), fresh=True)
     for words, moment in (("preset", "held-out"), ("training on", "rollout"), ("step 3/6", "late rollout")):
         yield Fault(f"folder: a second run at '{words}'", inside=at(moment, partial(time.sleep, 1.0)),
                     outside=when(words, second), after=was_refused, ends=(0,))

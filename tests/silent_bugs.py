@@ -821,6 +821,42 @@ bug("the reference starts again", "run/base.py",
     "After a resume kl to base is 0: the penalty pulls to where the run was interrupted.",
     "test_loop.py::test_a_resumed_run_is_the_whole_run")
 
+bug("two runs in one folder", "run/folder.py",
+    'raise InputError(f"another run is at work in {self.path}") from None',
+    "pass",
+    "Two runs write their lines into one log and their checkpoints over each other.",
+    "test_ends.py::test_a_folder_belongs_to_one_run")
+
+bug("a cluster's SIGTERM ends a run at once", "run/folder.py",
+    "for n in (signal.SIGINT, *ENDING):",
+    "for n in (signal.SIGINT,):",
+    "A machine that is taken back costs all steps since the last checkpoint.",
+    "test_ends.py::test_a_signal_ends_the_step_and_a_second_one_the_run")
+
+bug("a grader that always fails", "data/guard.py",
+    "if self.failures >= FAILURES:",
+    "if False:",
+    "Every answer gets 0, and the run goes on to its end.",
+    "test_ends.py::test_a_grader_that_always_fails_ends_the_run")
+
+bug("a grader that fails often", "data/guard.py",
+    "self.failures = 0 if isinstance(found, float) else self.failures + 1",
+    "self.failures += not isinstance(found, float)",
+    "A long run with a few answers that no grader can read ends in an error after hours.",
+    "test_ends.py::test_one_that_fails_often_does_not")
+
+bug("libraries that others wrote", "operators/compiled.py",
+    " or about.st_mode & 0o022",
+    "",
+    "In a shared cache another user's code runs as you.",
+    "test_systems.py::test_a_library_that_others_can_write_to_is_not_loaded")
+
+bug("answers in parts repeat themselves", "sample.py",
+    "new, a.temperature, a.seed, i)",
+    "new, a.temperature, a.seed)",
+    "Of many answers to a prompt every 513th is the first one again: the variety is made up.",
+    "test_sample.py::test_many_answers_come_in_parts")
+
 bug("a resumed run keeps lines of steps it does again", "run/folder.py",
     "        self.rewind(step)\n",
     "",

@@ -12,7 +12,7 @@ import types
 
 import pytest
 from test_commands import ROOT, SMALL, rows
-from test_compiled import compiled
+from test_compiled import COMPILED, compiled
 
 from data import guard
 from operators import code as sources
@@ -204,17 +204,21 @@ def test_threads_that_do_not_run_are_not_claimed(tmp_path, monkeypatch):
     assert any("libomp.dylib" in " ".join(c) and c[c.index("-fopenmp") - 1] == "-Xclang" for c in commands if "-fopenmp" in c)
 
 
-@compiled
+@pytest.mark.skipif(os.name != "posix", reason="modes and owners of a file")
 def test_a_library_that_others_can_write_to_is_not_loaded(tmp_path):
     """It would be their code that runs."""
     folder = code.private(tmp_path)
     assert folder.stat().st_mode & 0o777 == 0o700
-    folder.chmod(0o777)
-    lib, why = code.library.__wrapped__(tmp_path)
-    assert lib is None and "can be written to by others" in why
-    folder.chmod(0o700)
+    changes = [lambda: folder.chmod(0o777), lambda: folder.chmod(0o720)]
     if os.getuid() == 0:
-        os.chown(folder, 65534, 65534)
+        changes.append(lambda: os.chown(folder, 65534, 65534))
+    for change in changes:
+        change()
+        with pytest.raises(OSError, match="can be written to by others"):
+            code.private(tmp_path)
+        folder.chmod(0o700)
+    if COMPILED:
+        folder.chmod(0o777)
         lib, why = code.library.__wrapped__(tmp_path)
         assert lib is None and "can be written to by others" in why
 
