@@ -37,10 +37,12 @@ from operators.device import reproducible
 from precision import InputError, make_scaler
 from run import base, checks, flags, memory, problems, start
 from run.console import run_main
+from run.diary import Diary
 from run.flags import setting
 from run.folder import Run, interruptible, load_saved, provenance
-from run.lines import all_of, notes, say, step_line
+from run.lines import say
 from run.meter import Meter
+from run.trackers import TRACKERS
 from sample import Rollout, Sampler
 
 ADAM = dict(betas=(0.9, 0.95), eps=1e-15, weight_decay=0.0)     # 1e-8 damps small gradients
@@ -65,6 +67,12 @@ class Config:
     seed: int = run_(0, "everything random follows from it", 0, 2 ** 31, **free, **common)
     out: str = run_("", "folder of this run (default: the next out/runN)", **free, **common)
     save_every: int = run_(25, "steps between checkpoints", 1, 10 ** 6, model=50, **both)
+    sample_every: int = run_(5, "steps between whole groups of answers in samples.jsonl", 1,
+                             10 ** 6, **both)
+    watch: bool = run_(False, "rewrite report.html as the run goes on; its page reloads itself",
+                       **both)
+    log_to: str = run_("none", "a tracker that gets the metrics too", choices=("none", *TRACKERS),
+                       **both)
     verbose: bool = run_(False, "print every metric of every step", **both)
 
     task: str = task_("addition", f"what to learn: {', '.join(SCRATCH)}, yours.py; with --model "
@@ -350,7 +358,7 @@ def train(cfg, given, run, saved=None):
     say(f"training on {len(state.problems)} problems, {cfg.prompts} x {cfg.group} answers a step, "
         f"{cfg.algo}; everything goes to {run.path}/" if state.step < cfg.steps else
         f"all {cfg.steps} steps are done; to go on: --resume {run.path} --steps {2 * cfg.steps}")
-    history, told, begun, first = run.history(), {}, time.monotonic(), state.step
+    diary = Diary(run, cfg, env, state.step)
 
     with interruptible() as stop:
         for step in range(state.step + 1, cfg.steps + 1):
@@ -388,15 +396,8 @@ def train(cfg, given, run, saved=None):
                 checks.check_scale(run, model, scaler, norm, once)
             state.step = step
 
-            # --- log: everything below is diagnostics
-            history.append(meter.row(step, state, model, scaler, lr, shaped, t1 - t0))
-            run.log(history[-1])
-            to_go = (time.monotonic() - begun) / (step - first) * (cfg.steps - step)
-            say(step_line(history[-1], cfg.steps, to_go))
-            if cfg.verbose:
-                say(all_of(history[-1]))
-            notes(history, told)
-            run.log_samples(step, batch, env)
+            # --- log: what is below changes nothing
+            diary.write(meter.row(step, state, model, scaler, lr, shaped, t1 - t0), batch, meter)
             if step % cfg.save_every == 0 or step == cfg.steps or stop:
                 save()
             if stop and step < cfg.steps:

@@ -102,16 +102,6 @@ class Run:
     def history(self):
         return [row for row in read(self.metrics) if "step" in row]
 
-    def log_samples(self, step, batch, env):
-        """Two answers to each of the step's first three problems, to read."""
-        group = batch.rewards.shape[1]
-        some = [i * group + j for i in range(min(3, len(batch.problems))) for j in (0, 1)]
-        answers = batch.rollout.rows(torch.tensor(some, device=batch.rewards.device))
-        for i, text, stopped in zip(some, answers.texts(env.tokenizer), answers.stopped.tolist()):
-            problem = batch.problems[i // group]
-            self.log(dict(step=step, prompt=problem.prompt, text=text, right_answer=problem.answer,
-                          reward=batch.rewards.flatten()[i].item(), stopped=stopped), self.samples)
-
     def save(self, state, cfg, model, optimizer, scaler, reference):
         """Everything that the next step depends on, in one file."""
         about = vars(state) | {k: [dataclasses.astuple(p) for p in getattr(state, k)]

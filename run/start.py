@@ -9,6 +9,7 @@ from operators import numerics, why_plain
 from operators.compiled import edited
 from operators.device import pick_device
 from precision import InputError, make_scaler
+from report import page
 from run import base, flags, memory
 from run.curves import draw
 from run.folder import State, restored
@@ -100,4 +101,5 @@ def finish(cfg, run, state, sampler, env, acting, learning):
     if cfg.model:
         base.export(cfg, run.path, sampler.model)
     say(draw(run.path, PASS))
+    say(f"report, to open in a browser: {page.write(run.path)}")
     return 1 if passed is False else 0

@@ -290,8 +290,8 @@ MOMENTS = {
     "held-out": ("run.start", "solve", 1), "first metrics line": ("train_rl", "provenance", 1),
     "rollout": ("train_rl", "collect", 2), "late rollout": ("train_rl", "collect", 5),
     "forward": ("model.GPT", "token_logprobs", 3), "learning": ("train_rl", "learn", 4),
-    "update": ("train_rl", "update", 3), "step line": ("train_rl", "step_line", 4),
-    "samples": ("run.folder.Run", "log_samples", 3), "checkpoint": ("run.folder", "save_checkpoint", 3),
+    "update": ("train_rl", "update", 3), "step line": ("run.diary", "step_line", 4),
+    "samples": ("run.diary", "rows", 3), "checkpoint": ("run.folder", "save_checkpoint", 3),
     "half a checkpoint": ("run.checkpoint", "half", 2), "the end of a file": ("os", "fsync", 3),
     "rename": ("os", "replace", 3), "the end": ("run.start", "finish", 1), "last answers": ("run.start", "solve", 2)}
 FRESH = "imitation", "the base's checkpoint"

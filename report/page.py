@@ -1,0 +1,250 @@
+"""report/page.py: one HTML file out of a run's folder. Data, style and script are in it: nothing is
+fetched, and the text can be read without a script. Whatever a model wrote is text here, never
+markup.
+"""
+import html
+import json
+import math
+import pathlib
+import re
+
+from precision import InputError
+from report.checks import checks
+from run.checkpoint import replacing
+from run.flags import flag, plain
+from run.folder import read
+from run.lines import diagnose
+
+HERE = pathlib.Path(__file__).resolve().parent
+TOKENS = 40_000                         # of answers on the page, at most
+WORST = 20                              # tokens that are listed
+CURVES = ("accuracy logp_gap_mean logp_gap_max kl_k3 entropy grad_norm length loss lr loss_scale "
+          "frac_zero_std clipped_share truncated t_rollout t_train").split()
+# Characters that a browser would act on, or not show: controls, marks of direction, line separators
+UNSEEN = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069"
+                    "\ufeff\ud800-\udfff]")
+
+
+def text(s):
+    """A model's or a user's text as HTML. What cannot be seen is spelled out."""
+    shown = UNSEEN.sub(lambda m: f"<U+{ord(m[0]):04X}>", str(s))
+    return html.escape(shown, quote=True)
+
+
+def data(x):
+    """JSON for a script element: no text in it can end the element."""
+    dumped = json.dumps(x, allow_nan=False)                       # all of it ASCII
+    return dumped.replace("<", "\\u003c").replace("&", "\\u0026").replace(">", "\\u003e")
+
+
+def finite(x):
+    """A number of a log, where what is not finite is a text -> a float, or None."""
+    x = float(x)
+    return x if math.isfinite(x) else None
+
+
+class Report:
+    """What a run's folder holds. groups: of samples.jsonl, newest form only; old: older lines."""
+
+    def __init__(self, folder):
+        self.folder = pathlib.Path(folder)
+        rows = [*read(self.folder / "metrics.jsonl")]
+        self.about = next((r for r in rows if "config" in r), None)
+        if self.about is None:
+            raise InputError(f"no metrics.jsonl of a run in {folder}")
+        self.config = self.about["config"]
+        self.steps = [*{r["step"]: r for r in rows if "step" in r}.values()]
+        self.result = next((r["result"] for r in reversed(rows) if "result" in r), None)
+        samples = [*read(self.folder / "samples.jsonl")]
+        self.groups = thin([r for r in samples if "answers" in r])
+        self.old = [r for r in samples if "text" in r][-20:]
+        worst = [r["worst"] | dict(step=r["step"]) for r in samples if "worst" in r]
+        self.worst = sorted(worst, key=lambda w: -abs(float(w["mu"]) - float(w["pi"])))[:WORST]
+
+    def verdict(self):
+        """The run in a sentence."""
+        if not self.steps:
+            return "No step is done yet."
+        first, last, r = self.steps[0], self.steps[-1], self.result
+        begin = f"{first['accuracy']:.3f} of the sampled answers were right in step 1, "
+        if not r:
+            return (f"Step {last['step']} of {self.config['steps']}: {begin}{last['accuracy']:.3f} now.")
+        word = {True: "PASS", False: "FAIL"}.get(r["passed"], "No verdict (not the test's settings)")
+        out = f"{word}: {begin}{r['accuracy']:.3f} after step {last['step']}"
+        if r.get("heldout_before") is not None:
+            before, after = r["heldout_before"], r["heldout_after"]
+            out += f"; of held-out problems {before:.3f} before, {after:.3f} after"
+        return out + "."
+
+    def notes(self):
+        """What `note:` lines said, and when: [(step, sentence)]."""
+        told, out = {}, []
+        for i in range(1, len(self.steps) + 1):
+            step = self.steps[i - 1]["step"]
+            for topic, sentence in diagnose(self.steps[:i]):
+                if step - told.get(topic, -25) >= 25:
+                    told[topic] = step
+                    out.append((step, sentence))
+        return out
+
+
+def thin(groups):
+    """No more tokens than a page can show: steps are left out evenly, never the first or last."""
+    steps = list(dict.fromkeys(g["step"] for g in groups))
+    total = sum(len(a["tokens"]) for g in groups for a in g["answers"])
+    keep = max(2, int(len(steps) * TOKENS / max(total, 1)))
+    if keep < len(steps):
+        steps = {steps[round(i * (len(steps) - 1) / (keep - 1))] for i in range(keep)}
+    return [g for g in groups if g["step"] in set(steps)]
+
+
+# --------------------------------------------------------------------------------------------------
+# HTML
+
+
+def element(tag, *inside, **attributes):
+    named = {k.rstrip("_").replace("_", "-"): text(v) for k, v in attributes.items()}
+    words = "".join(f' {k}="{v}"' for k, v in named.items())
+    return f"<{tag}{words}>{''.join(inside)}</{tag}>"
+
+
+def judged(answer):
+    return "right" if float(answer["reward"]) >= 1 else "wrong"
+
+
+def table(head, rows, **attributes):
+    """Cells are HTML."""
+    lines = ["".join(element("th", c) for c in head)]
+    lines += ["".join(element("td", c) for c in row) for row in rows]
+    return element("table", *(element("tr", line) for line in lines), **attributes)
+
+
+def shade(mu, pi, top):
+    """How dark a token is: its |log mu - log pi| on a logarithmic scale, 0 to 1; `top` is 1, and a
+    hundred thousandth of it 0."""
+    gap = abs(float(mu) - float(pi))
+    return max(0.0, min(1.0, 1 + math.log10(gap / top) / 5)) if gap > 0 and top > 0 else 0.0
+
+
+def group(g, top):
+    """A problem and its answers, failures first. A token is an element, found by its place."""
+    out = []
+    for i, a in sorted(enumerate(g["answers"]), key=lambda pair: float(pair[1]["reward"])):
+        tokens = "".join(element("i", text(t), style=f"--v:{shade(m, p, top):.2f}")
+                         for t, m, p in zip(a["tokens"], a["mu"], a["pi"]))
+        head = (f"reward {float(a['reward']):g} · advantage {float(a['advantage']):+.3g} · "
+                f"{len(a['tokens'])} tokens" + " · cut off" * (not a["stopped"]))
+        line = element("p", tokens, class_="answer", data_a=i)
+        out.append(element("div", element("small", head), line, class_=judged(a)))
+    right = sum(judged(a) == "right" for a in g["answers"])
+    head = (f"{element('b', text(g['prompt']))} · right answer {element('b', text(g['right_answer']))}"
+            f" · {right} of {len(g['answers'])} right")
+    return element("div", element("p", head), *out, class_="group")
+
+
+def samples(run):
+    if not run.groups:
+        old = [element("p", f"step {r['step']} · {text(r['prompt'])} → {text(r['text'])} "
+                       f"(reward {float(r['reward']):g})") for r in run.old]
+        return element("p", "No whole groups were recorded.") + "".join(old)
+    top, steps = largest(run), dict.fromkeys(g["step"] for g in run.groups)
+    of = {s: [group(g, top) for g in run.groups if g["step"] == s] for s in steps}
+    return "".join(element("article", element("h3", f"Step {s}"), *some, data_step=s)
+                   for s, some in of.items())
+
+
+def largest(run):
+    return max((abs(float(m) - float(p)) for g in run.groups for a in g["answers"]
+                for m, p in zip(a["mu"], a["pi"])), default=0.0)
+
+
+def worst(run):
+    def row(w):
+        mu, pi = float(w["mu"]), float(w["pi"])
+        around = text(w["before"][-60:]) + element("mark", text(w["token"])) + text(w["after"][:30])
+        return (str(w["step"]), text(w["prompt"]), around, f"{mu:.5f}", f"{pi:.5f}",
+                f"{abs(mu - pi):.1e}")
+    return table(("step", "problem", "the token in its answer", "log mu", "log pi", "|difference|"),
+                 map(row, run.worst))
+
+
+def settings(run):
+    """Those that differ from the preset's, and what it ran on."""
+    c, about, changed = run.config, run.about, (run.result or {}).get("changed", ())
+    changed = [f"{flag(k)} {plain(tuple(v) if isinstance(v, list) else v)}"
+               for k, v in c.items() if k in changed]
+    where = " · ".join(str(about[k]) for k in ("device", "system") if about.get(k))
+    lines = [f"{run.folder} · seed {c['seed']} · rollout {c['rollout_precision'] or c['precision']}, "
+             f"training {c['precision']} · torch {about.get('torch')} on {where}",
+             " ".join(about.get("command", ()))]
+    lines += [f"changed from the preset: {', '.join(changed)}"] * bool(changed)
+    return "<br>".join(map(text, lines))
+
+
+def numbers(run):
+    keys = list(dict.fromkeys(k for m in run.steps for k in m))
+
+    def cell(x):
+        return text(f"{x:.4g}" if isinstance(x, float) else x)
+    rows = [[cell(m.get(k, "")) for k in keys] for m in run.steps]
+    return table(keys, rows, id="numbers-table")
+
+
+def differing(runs):
+    """Settings in which runs differ, but for the folder."""
+    values = {k: {json.dumps(r.config.get(k)) for r in runs} for k in runs[0].config if k != "out"}
+    return [k for k, some in values.items() if len(some) > 1]
+
+
+def script_data(runs, watch):
+    """What the script draws, and shows of a token that one points at."""
+    keys = [k for k in differing(runs) if k != "seed"]    # who shares a label differs by the seed
+    out = []
+    for r in runs:
+        label = " ".join(f"{flag(k)} {r.config.get(k)}" for k in keys) or r.folder.name
+        curves = {k: [finite(m[k]) if k in m else None for m in r.steps] for k in CURVES}
+        out.append(dict(label=label, steps=[m["step"] for m in r.steps], curves=curves))
+    groups = [[{k: [finite(x) for x in a[k]] for k in ("mu", "pi", "entropy")}
+               | dict(advantage=finite(a["advantage"])) for a in g["answers"]]
+              for g in runs[0].groups]
+    return dict(runs=out, groups=groups, watch=watch)
+
+
+def build(folders, watch=False):
+    """The page as a text. folders: of one run, or of several to be laid side by side."""
+    runs = [Report(f) for f in folders]
+    run, names = runs[0], ("page.html", "page.css", "page.js", "uplot.js", "uplot.css")
+    page, css, js, uplot, uplot_css = ((HERE / n).read_text(encoding="utf-8") for n in names)
+    notes = "".join(element("li", f"step {step}: {text(s)}") for step, s in run.notes())
+    found = [element("li", element("b", text(question)), " ", text(figure), "<br>", text(s),
+                     class_=color) for color, question, figure, s in checks(run.steps)]
+    fill = dict(
+        title=text(run.folder.name), verdict=text(run.verdict()), settings=settings(run),
+        checks="".join(found), samples=samples(run), worst=worst(run), numbers=numbers(run),
+        notes=element("ul", notes) if notes else element("p", "None: nothing was off."),
+        compare=compare(runs) if len(runs) > 1 else "", style=uplot_css + css, script=uplot + js,
+        data=data(script_data(runs, watch)))
+    return re.sub(r"\{\{(\w+)\}\}", lambda m: fill[m[1]], page)
+
+
+def write(folder, watch=False):
+    """report.html in a run's folder: the old one or the new one is there at every moment."""
+    path = pathlib.Path(folder) / "report.html"
+    with replacing(path) as f:
+        f.write(build([folder], watch).encode("utf-8", "replace"))
+    return path
+
+
+def compare(runs):
+    """Settings that differ, how each ended, and what each answered to the same problems."""
+    keys = differing(runs)
+    rows = [[text(r.folder), *(text(r.config.get(k)) for k in keys), text(r.verdict())] for r in runs]
+    out = table(["run", *map(flag, keys), "how it stands"], rows)
+    last = [{g["prompt"]: g for g in r.groups} for r in runs]
+    for prompt in [p for p in last[0] if all(p in others for others in last)][:5]:
+        groups = [others[prompt] for others in last]
+        head = [f"{text(r.folder)}, step {g['step']}" for r, g in zip(runs, groups)]
+        cells = ["".join(element("p", text(a["text"]), class_=judged(a)) for a in g["answers"])
+                 for g in groups]
+        out += element("h3", text(prompt)) + table(head, [cells])
+    return element("section", element("h2", "Side by side"), out, id="compare")
