@@ -201,7 +201,7 @@ def script_data(runs, watch):
     keys = [k for k in differing(runs) if k != "seed"]    # who shares a label differs by the seed
     out = []
     for r in runs:
-        label = " ".join(f"{flag(k)} {r.config.get(k)}" for k in keys) or r.folder.name
+        label = " ".join(f"{flag(k)} {r.config.get(k)}" for k in keys) or "these settings"
         curves = {k: [finite(m[k]) if k in m else None for m in r.steps] for k in CURVES}
         out.append(dict(label=label, steps=[m["step"] for m in r.steps], curves=curves))
     groups = [[{k: [finite(x) for x in a[k]] for k in ("mu", "pi", "entropy")}

@@ -297,8 +297,8 @@ def test_a_browser_shows_several_runs(tmp_path):
 
 @browser
 def test_hostile_texts_do_nothing_in_a_browser(tmp_path):
-    source = page.build([a_run(tmp_path / "run", texts=HOSTILE)]).replace("<style>", "<script>function boom() { window.boomed = 1 }"
-                                                                       "</script><style>", 1)
+    trap = "<script>function boom() { window.boomed = 1 }</script><style>"
+    source = page.build([a_run(tmp_path / "run", texts=HOSTILE)]).replace("<style>", trap, 1)
     document, console = dom(tmp_path, source, SCRIPT)
     assert console == [] and found(document)["alerts"] == 0
 
