@@ -219,7 +219,8 @@ def build(folders, watch=False):
     found = [element("li", element("b", text(question)), " ", text(figure), "<br>", text(s),
                      class_=color) for color, question, figure, s in checks(run.steps)]
     fill = dict(
-        title=text(run.folder.name), verdict=text(run.verdict()), settings=settings(run),
+        title=text(run.folder.name), settings=settings(run),
+        verdict=text(f"{len(runs)} runs; details of the first" if len(runs) > 1 else run.verdict()),
         checks="".join(found), samples=samples(run), worst=worst(run), numbers=numbers(run),
         notes=element("ul", notes) if notes else element("p", "None: nothing was off."),
         compare=compare(runs) if len(runs) > 1 else "", style=uplot_css + css, script=uplot + js,
