@@ -1,5 +1,6 @@
 """run/trackers.py: the same metrics for a tracker that you have, through its own library."""
 import importlib
+import os
 
 from precision import InputError
 
@@ -21,6 +22,7 @@ def tracker(name, folder, config):
                     writer.add_scalar(key, float(value), step)
                 writer.flush()
             return log
+        os.environ.setdefault("WANDB_DIR", str(folder))        # not where one happens to stand
         library = importlib.import_module(name)                # wandb and trackio are called alike
     except ImportError:
         raise InputError(f"--log-to {name} needs {name}: pip install {name}") from None
