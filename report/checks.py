@@ -39,35 +39,36 @@ def loss(s):
     same = s.last("frac_zero_std")
     color = LOOK if same > 0.9 and s.last("accuracy") < 0.9 else GOOD
     return color, "Why is my loss near 0?", f"loss {s.last('loss'):.1e}", (
-        "It should be. The advantages of a group add up to 0, and before an update the ratio is 1: so "
-        "the losses of a group cancel. The gradient does not: its norm is "
+        "It should be. The advantages of a group add up to 0, and before an update the ratio is 1: "
+        "so the losses of a group cancel. The gradient does not: its norm is "
         f"{s.last('grad_norm'):.2g}. Look at the accuracy.")
 
 
 def learning(s):
     a, b = s.first("accuracy"), s.last("accuracy")
-    best = np.convolve(s.all("accuracy"), np.full(5, 0.2), "valid" if len(s.steps) > 4 else "same").max()
+    n = min(5, len(s.steps))
+    best = np.convolve(s.all("accuracy"), np.full(n, 1 / n), "valid").max()
     color = BAD if b < best - 0.2 else GOOD if b >= 0.95 or b > a + 0.02 else LOOK
     return color, "Does it learn?", f"accuracy {a:.2f} to {b:.2f}", (
-        "It has fallen. If you changed the loss or the advantage, look at the sign first; else try a "
-        "lower --lr." if color == BAD else "Means of the first and the last five steps."
+        "It has fallen. If you changed the loss or the advantage, look at the sign first; else try "
+        "a lower --lr." if color == BAD else "Means of the first and the last five steps."
         + " It is level: look at the groups without signal below." * (color == LOOK))
 
 
 def entropy(s):
     a, b = s.first("entropy"), s.last("entropy")
     kept = b / a if a > 0 else 1.0
-    return (GOOD if kept > 0.1 or s.last("accuracy") > 0.9 else LOOK), "Does it still explore?", \
-        f"entropy {a:.3f} to {b:.3f} nats", (
-            "It falls as the model gets sure. At 0 all answers of a group are the same, and nothing is "
-            "learned any more.")
+    color = GOOD if kept > 0.1 or s.last("accuracy") > 0.9 else LOOK
+    return color, "Does it still explore?", f"entropy {a:.3f} to {b:.3f} nats", (
+        "It falls as the model gets sure. At 0 all answers of a group are the same, and nothing is "
+        "learned any more.")
 
 
 def clipped(s):
     x = s.last("clipped_share")
     return grade(x, 0.05, 0.2), "How much is clipped?", f"{x:.1%} of the tokens", (
-        "Tokens whose ratio has left the clip range get no gradient. With one update a batch there are "
-        "none.")
+        "Tokens whose ratio has left the clip range get no gradient. With one update a batch there "
+        "are none.")
 
 
 def truncated(s):
@@ -79,23 +80,26 @@ def truncated(s):
 def gap(s):
     kl, a, b = s.last("kl_k3"), s.first("logp_gap_mean"), s.last("logp_gap_mean")
     rises = len(s.steps) >= 30 and b > 3 * a and b > 1e-3
-    return (BAD if kl > 1e-3 or rises else grade(kl, 1e-4, 1e-3)), "Do rollout and training agree?", \
-        f"KL {kl:.0e} nats a token, mean gap {a:.0e} to {b:.0e}", (
-            "The mismatch rises: in the paper this comes before a collapse." if rises else
-            "In the paper two engines in BF16 have a KL of 1e-3. The gap falls as the entropy does: "
-            "rounding changes a sure model little.")
+    color = BAD if rises else grade(kl, 1e-4, 1e-3)
+    figure = f"KL {kl:.0e} nats a token, mean gap {a:.0e} to {b:.0e}"
+    return color, "Do rollout and training agree?", figure, (
+        "The mismatch rises: in the paper this comes before a collapse." if rises else
+        "In the paper two engines in BF16 have a KL of 1e-3. The gap falls as the entropy does: "
+        "rounding changes a sure model little.")
 
 
 def skipped(s):
-    x = s.all("skipped_steps")[-1] / len(s.steps)
-    return grade(x, 0.1, 0.3), "Do gradients overflow?", f"{int(s.all('skipped_steps')[-1])} updates skipped", (
-        "The loss scaler skips an update whose gradients are not finite, and halves the scale. A few at "
-        "the start are normal.")
+    n = int(s.all("skipped_steps")[-1])
+    color = grade(n / len(s.steps), 0.1, 0.3)
+    return color, "Do gradients overflow?", f"{n} updates skipped", (
+        "The loss scaler skips an update whose gradients are not finite, and halves the scale. A "
+        "few at the start are normal.")
 
 
 def signal(s):
     x, solved = s.last("frac_zero_std"), s.last("accuracy") > 0.9
-    return (GOOD if solved else grade(x, 0.6, 0.9)), "Which groups teach something?", \
-        f"{1 - x:.0%} of the groups", (
-            "The others agree: all right or all wrong, advantage 0. "
-            + ("Nearly everything is solved." if solved else "Problems of middling difficulty teach most."))
+    color = GOOD if solved else grade(x, 0.6, 0.9)
+    return color, "Which groups teach something?", f"{1 - x:.0%} of the groups", (
+        "The others agree: all right or all wrong, advantage 0. " + (
+            "Nearly everything is solved." if solved else
+            "Problems of middling difficulty teach most."))

@@ -68,8 +68,10 @@ class Report:
         first, last, r = self.steps[0], self.steps[-1], self.result
         begin = f"{first['accuracy']:.3f} of the sampled answers were right in step 1, "
         if not r:
-            return (f"Step {last['step']} of {self.config['steps']}: {begin}{last['accuracy']:.3f} now.")
-        word = {True: "PASS", False: "FAIL"}.get(r["passed"], "No verdict (not the test's settings)")
+            now = f"{last['accuracy']:.3f} now."
+            return f"Step {last['step']} of {self.config['steps']}: {begin}{now}"
+        other = "No verdict (not the test's settings)"
+        word = {True: "PASS", False: "FAIL"}.get(r["passed"], other)
         out = f"{word}: {begin}{r['accuracy']:.3f} after step {last['step']}"
         if r.get("heldout_before") is not None:
             before, after = r["heldout_before"], r["heldout_after"]
@@ -137,8 +139,8 @@ def group(g, top):
         line = element("p", tokens, class_="answer", data_a=i)
         out.append(element("div", element("small", head), line, class_=judged(a)))
     right = sum(judged(a) == "right" for a in g["answers"])
-    head = (f"{element('b', text(g['prompt']))} · right answer {element('b', text(g['right_answer']))}"
-            f" · {right} of {len(g['answers'])} right")
+    asked, wanted = element("b", text(g["prompt"])), element("b", text(g["right_answer"]))
+    head = f"{asked} · right answer {wanted} · {right} of {len(g['answers'])} right"
     return element("div", element("p", head), *out, class_="group")
 
 
@@ -174,8 +176,9 @@ def settings(run):
     changed = [f"{flag(k)} {plain(tuple(v) if isinstance(v, list) else v)}"
                for k, v in c.items() if k in changed]
     where = " · ".join(str(about[k]) for k in ("device", "system") if about.get(k))
-    lines = [f"{run.folder} · seed {c['seed']} · rollout {c['rollout_precision'] or c['precision']}, "
-             f"training {c['precision']} · torch {about.get('torch')} on {where}",
+    rollout = c["rollout_precision"] or c["precision"]
+    lines = [f"{run.folder} · seed {c['seed']} · rollout {rollout}, training {c['precision']} · "
+             f"torch {about.get('torch')} on {where}",
              " ".join(about.get("command", ()))]
     lines += [f"changed from the preset: {', '.join(changed)}"] * bool(changed)
     return "<br>".join(map(text, lines))
@@ -239,7 +242,7 @@ def write(folder, watch=False):
 def compare(runs):
     """Settings that differ, how each ended, and what each answered to the same problems."""
     keys = differing(runs)
-    rows = [[text(r.folder), *(text(r.config.get(k)) for k in keys), text(r.verdict())] for r in runs]
+    rows = [[*map(text, (r.folder, *(r.config.get(k) for k in keys), r.verdict()))] for r in runs]
     out = table(["run", *map(flag, keys), "how it stands"], rows)
     last = [{g["prompt"]: g for g in r.groups} for r in runs]
     for prompt in [p for p in last[0] if all(p in others for others in last)][:5]:

@@ -175,7 +175,7 @@ bug("each chunk of a rollout has the same noise", "train_rl.py",
     "test_loop.py::test_no_two_answers_have_the_same_random_numbers")
 
 bug("each chunk of an evaluation has the same noise", "sample.py",
-    "temperature, seed, first=i)",
+    "temperature, seed, i)",
     "temperature, seed)",
     "Accuracy over many tries is as uncertain as over a few: the tries are not independent.",
     "test_train.py::test_a_score_does_not_depend_on_how_many_are_decoded_at_once")
