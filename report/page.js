@@ -29,6 +29,12 @@ function curves() {
         add("highest", over(v => Math.max(...v)), edge); add("lowest", over(v => Math.min(...v)), edge);
         bands.push({ series: [n, n + 1], fill: colors[i % 3] + "30" }); }
     });
+    if (title === "accuracy" && steps.length > 1) {
+      add("the test's mark", steps.map(() => 0.95), { stroke: grid.stroke, points: { show: false } });
+      const ends = several ? [null] : D.runs[0].heldout, last = steps.length - 1;
+      if (ends[0] !== null) add("held-out, before and after", steps.map((_, i) => i === 0 ? ends[0] : i === last ? ends[1] : null),
+        { ...style(1), dash: [2, 4], spanGaps: true, points: { show: true, size: 8 } });
+    }
     if (data.slice(1).every(y => y.every(v => v === null))) continue;
     const axis = { stroke: ink, grid, ticks: grid };
     new uPlot({ title, width: 345, height: 210, series, bands, cursor: { sync: { key: "steps" } },

@@ -206,7 +206,9 @@ def script_data(runs, watch):
     for r in runs:
         label = " ".join(f"{flag(k)} {r.config.get(k)}" for k in keys) or "these settings"
         curves = {k: [finite(m[k]) if k in m else None for m in r.steps] for k in CURVES}
-        out.append(dict(label=label, steps=[m["step"] for m in r.steps], curves=curves))
+        ends = [(r.result or {}).get(f"heldout_{when}") for when in ("before", "after")]
+        steps = [m["step"] for m in r.steps]
+        out.append(dict(label=label, steps=steps, curves=curves, heldout=ends))
     groups = [[{k: [finite(x) for x in a[k]] for k in ("mu", "pi", "entropy")}
                | dict(advantage=finite(a["advantage"])) for a in g["answers"]]
               for g in runs[0].groups]
