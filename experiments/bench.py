@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from algorithms import centred
-from experiments.lab import show
+from experiments.command import show
 from model import GPT, GPTConfig
 from operators import numerics
 from operators.device import pick_device

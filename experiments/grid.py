@@ -5,9 +5,8 @@
 
 It prints a line a cell and the paired differences, and leaves mine.json and mine.png.
 """
-import numpy as np
-
-from experiments.lab import GPU, LAB, QUICK, Job, formats, paired, short, show, smooth, summary
+from experiments.command import band, short, show
+from experiments.lab import GPU, LAB, QUICK, Job, formats, paired, smooth, summary
 
 AXES = dict(accuracy="sampled accuracy", kl_k3="KL(rollout || train) a token, nats",
             loss_scale="loss scale")
@@ -52,7 +51,8 @@ def grid(lab, rows={"": ""}, modes=("",), flags="", job=None, compare=(),  # noq
 
     def usual(plt, result, records):
         return figure(plt, lab.name, panels or one, curves, across, result["summary"], records)
-    lab.present(make, draw or usual, name, {*curves, "accuracy"})
+    lab.curves = {*curves, "accuracy"}
+    lab.present(make, draw or usual, name)
 
 
 def line(s):
@@ -115,25 +115,3 @@ def panel(ax, summary, records, names, key, text=""):
         ax.set_yscale("log")
     ax.set(title=text, xlabel="RL step", ylabel=AXES[key])
     ax.legend()
-
-
-def band(ax, curves, color, label, first=1):
-    """Mean and range of curves, one of which may end before the others; returns them, (N, longest),
-    masked after their ends. first: where the first point lies."""
-    y = np.full((len(curves), max(1, *map(len, curves))), np.nan)
-    for row, curve in zip(y, curves):
-        row[:len(curve)] = curve
-    x, y = range(first, first + y.shape[1]), np.ma.masked_invalid(y)
-    ax.plot(x, y.mean(0), color=color, label=label)
-    ax.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.12, lw=0)
-    return y
-
-
-def heat(ax, rows, columns, value, text, **style):
-    """A map: value(row, column) as color, text(row, column) on it."""
-    ax.imshow([[value(r, c) for c in columns] for r in rows], aspect="auto", alpha=0.6, **style)
-    for i, r in enumerate(rows):
-        for j, c in enumerate(columns):
-            ax.text(j, i, text(r, c), ha="center", va="center", fontsize=8)
-    ax.set_xticks(range(len(columns)), columns, fontsize=8, rotation=20)
-    ax.set_yticks(range(len(rows)), rows, fontsize=8)

@@ -10,8 +10,9 @@ import dataclasses
 import os
 import tempfile
 
+from experiments.command import show
 from experiments.grid import grid
-from experiments.lab import SCALARS, Lab, show
+from experiments.lab import SCALARS, Lab
 from run.console import run_main
 
 

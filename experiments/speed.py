@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from experiments.bench import STAGES, Size, Work, race, timed
-from experiments.lab import machine, picture, show
+from experiments.command import machine, picture, show
 from hf import weights
 from model import GPT, GPTConfig
 from operators import numerics, why_plain
