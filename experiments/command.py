@@ -26,10 +26,10 @@ from run.folder import State, provenance
 
 
 class Command:
-    """name: experiments.NAME; text: its module's docstring; add(parser): flags of its own; rest:
-    keep flags that are not known."""
+    """name: experiments.NAME; text: its module's docstring; add(parser): flags of its
+    own."""
 
-    def __init__(self, name, text, argv, add=lambda parser: None, rest=False):
+    def __init__(self, name, text, argv, add=lambda parser: None):
         p = Parser(prog=f"experiments.{name}", description=text.split("\n\n")[0],
                    allow_abbrev=False)
         p.add_argument("--quick", action="store_true",
@@ -38,7 +38,7 @@ class Command:
                        "with --quick out/lab/NAME-quick)")
         p.add_argument("--redraw", action="store_true", help="the picture, from the JSON file")
         add(p)
-        a, self.rest = p.parse_known_args(argv) if rest else (p.parse_args(argv), [])
+        a = p.parse_args(argv)
         self.name, self.args, self.quick, self.begin = name, a, a.quick, time.time()
         runs = ROOT / "out" / "lab" / (f"{name}-quick" if a.quick else name)
         self.out = pathlib.Path(a.out) if a.out else runs if a.quick else ROOT / "results"
@@ -48,7 +48,7 @@ class Command:
     def file(self, name=""):
         return self.out / f"{slug(name or self.name)}.json"
 
-    def present(self, make, draw, name=""):
+    def present(self, make, draw=None, name=""):
         """make() -> (result, runs), kept in NAME.json; draw(plt, result, runs) -> a figure, kept in
         NAME.png. It is given what the file says, so that --redraw draws the same."""
         path = self.file(name)

@@ -5,6 +5,8 @@
 
 It prints a line a cell and the paired differences, and leaves mine.json and mine.png.
 """
+from math import ceil
+
 from experiments.command import band, short, show
 from experiments.lab import GPU, LAB, QUICK, Job, formats, paired, smooth, summary
 
@@ -23,12 +25,12 @@ def other_modes(p):
 
 
 def grid(lab, rows={"": ""}, modes=("",), flags="", job=None, compare=(),  # noqa: B006
-         value=lambda r: r["accuracy"], curves=("accuracy",), panels=None, across=3,
+         value=lambda r: r["accuracy"], curves=("accuracy",), panels=None,
          change=lambda job: job, also=lambda records, summary: {}, draw=None, name=""):
     """rows: name -> flags; modes: as lab.parts reads them; flags: of all; job: the sizes, if not
     the laboratory's own. compare: pairs of rows, each in all modes, or of modes, each in all rows:
-    their `value` is compared seed by seed. curves: what is drawn, a panel a row, `across` side by
-    side; panels: others, title -> names. What a command has of its own: change(job) -> job;
+    their `value` is compared seed by seed. curves: what is drawn, a panel a row; panels: others,
+    title -> names. What a command has of its own: change(job) -> job;
     also(records, summary) -> more results; draw(plt, result, records) -> another figure."""
     cells = {title(r, m): (rows[r], m) for r in rows for m in modes}
     pairs = [(title(a, m), title(b, m)) for a, b in compare if a in rows for m in modes]
@@ -50,7 +52,7 @@ def grid(lab, rows={"": ""}, modes=("",), flags="", job=None, compare=(),  # noq
     name = " ".join([name or lab.name, *getattr(lab.args, "modes", ())])
 
     def usual(plt, result, records):
-        return figure(plt, lab.name, panels or one, curves, across, result["summary"], records)
+        return figure(plt, lab.name, panels or one, curves, result["summary"], records)
     lab.curves = {*curves, "accuracy"}
     lab.present(make, draw or usual, name)
 
@@ -75,12 +77,12 @@ def tell(pairs):
               + ("differ" if d["significant"] else "no difference shown"))
 
 
-def figure(plt, what, panels, curves, across, found, records):
+def figure(plt, what, panels, curves, found, records):
     """A panel for each of `panels`, for each of `curves`."""
     shown = [(key, text, [n for n in names if n in found])
              for key in curves for text, names in panels.items()]
     shown = [x for x in shown if x[2]]
-    columns = min(across, len(shown))
+    columns = len(panels) if min(len(panels), len(curves)) > 1 else ceil(len(shown) ** 0.5)
     down = -(-len(shown) // columns)
     fig, axes = plt.subplots(down, columns, figsize=(max(11, 3.6 * columns), 3.2 * down + 0.8),
                              squeeze=False)

@@ -237,14 +237,14 @@ class Lab(Command):
     """A command with runs of train_rl.py. seeds: how many by default."""
     curves = ()                          # the ones that the JSON file has, of others it has means
 
-    def __init__(self, name, text, argv, seeds=3, add=lambda parser: None, rest=False):
+    def __init__(self, name, text, argv, seeds=3, add=lambda parser: None):
         def more(p):
             p.add_argument("--seeds", type=ranged(int, 1, 100), default=seeds,
                            help=f"0 to N-1, none left out (default {seeds})")
             p.add_argument("--preset", choices=("cpu", "gpu"),
                            default="gpu" if torch.cuda.is_available() else "cpu")
             add(p)
-        super().__init__(name, text, argv, more, rest)
+        super().__init__(name, text, argv, more)
         self.seeds, self.gpu = 1 if self.quick else self.args.seeds, self.args.preset == "gpu"
         self.workers = 4 if self.gpu else os.cpu_count() or 1
 
