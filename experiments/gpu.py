@@ -218,10 +218,9 @@ def speeds(row, quick):
     for mode in ("bf16", "fp16 exact"):
         with trying(f"learning, fp16 and {mode}"):
             both = {m: Work(model, size, m) for m in ("fp16", mode)}
-            rows = race(both, turns, device)[0]
-            note(figures={f"{mode}: step over fp16's": rows[mode]["step_ratio"]})
-            for m, r in rows.items():
+            for m, r in race(both, turns, device)[0].items():
                 note(figures={f"{m}: step, s": r["step_s"],
+                              f"{m}: step over fp16's": r["step_ratio"],
                               f"{m}: share of matrix peak": r["gradient_gemm_share"]})
     with trying("generate"):
         peer = speed.to_transformers(model)
@@ -338,9 +337,9 @@ def run(part, row, limit, folder, quick):
 def show(parts):
     """A table a part; then what is missing."""
     for part, rows in parts.items():
-        lines = {"seconds": {row: r["seconds"] for row, r in rows.items()}}
+        lines = {}
         for row, r in rows.items():
-            for k, v in r["figures"].items():
+            for k, v in dict(seconds=r["seconds"], **r["figures"]).items():
                 if not isinstance(v, dict):
                     lines.setdefault(k, {})[row] = v
         if rows:
@@ -387,24 +386,24 @@ def main(argv=None):
         p.add_argument("--minutes", type=ranged(float, 0, 1e6), default=1e6,
                        help="a row begins only if its limit ends before that")
         p.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
-    lab = command.Command("gpu", __doc__, argv, add)
-    if lab.args.row:
-        return child(*lab.args.row, lab.quick)
+    cmd = command.Command("gpu", __doc__, argv, add)
+    if cmd.args.row:
+        return child(*cmd.args.row, cmd.quick)
     gpu = torch.cuda.is_available()
-    if not (gpu or lab.quick):
+    if not (gpu or cmd.quick):
         raise InputError(f"torch {torch.__version__} sees no GPU; --quick runs on a CPU too")
-    path = lab.file(f"gpu {torch.cuda.get_device_name() if gpu else 'cpu'}")
+    path = cmd.file(f"gpu {torch.cuda.get_device_name() if gpu else 'cpu'}")
     known = json.loads(path.read_text(encoding="utf-8"))["result"] if path.exists() else {}
     parts = {part: known.get(part, {}) for part in PARTS}
-    left = [] if lab.args.redraw else work_off(lab, parts, path)
+    left = [] if cmd.args.redraw else work_off(cmd, parts, path)
     show(parts)
     command.picture(path.with_suffix(".png"), draw, parts)
     if left:
         print(f"left: {', '.join(left)}. The same command does them")
-    return int(any(r["failed"] for part in lab.args.only for r in parts[part].values()))
+    return int(any(r["failed"] for part in cmd.args.only for r in parts[part].values()))
 
 
-def work_off(lab, parts, path):
+def work_off(cmd, parts, path):
     """Do the rows that are asked for and not done yet -> those that the time was too short for."""
     left, begin = [], time.time()
 
@@ -413,17 +412,17 @@ def work_off(lab, parts, path):
         r = parts[part].get(row)
         fresh = r is not None and r["sources"] == SOURCES
         return fresh + (fresh and r["figures"] != {} and not r["failed"])
-    asked = [(part, row) for part in PARTS if part in lab.args.only for row in PARTS[part][1]
-             if not lab.quick or row in FEW.get(part, PARTS[part][1])]
+    asked = [(part, row) for part in PARTS if part in cmd.args.only for row in PARTS[part][1]
+             if not cmd.quick or row in FEW.get(part, PARTS[part][1])]
     todo = [x for x in asked if known(*x) < 2]
     for part, row in sorted(todo, key=lambda x: known(*x) == 1):
-        limit = 120 if lab.quick else PARTS[part][1][row]
-        if time.time() + limit > begin + 60 * lab.args.minutes:
+        limit = 120 if cmd.quick else PARTS[part][1][row]
+        if time.time() + limit > begin + 60 * cmd.args.minutes:
             left.append(f"{part} {row}")
             continue
-        r = parts[part][row] = run(part, row, limit, lab.folder, lab.quick)
+        r = parts[part][row] = run(part, row, limit, cmd.folder, cmd.quick)
         print(f"{part} {row}: {r['seconds']:.0f} s{', FAILED' * bool(r['failed'])}", flush=True)
-        lab.save(path, parts)
+        cmd.save(path, parts)
     return left
 
 

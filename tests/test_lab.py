@@ -5,8 +5,9 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
-from experiments import bias_variance, command, dial, grid, lab, loss_scale
+from experiments import anatomy, bias_variance, command, dial, grid, lab, loss_scale
 from precision import InputError, parse_format
 
 JOB = ("--digits 1 --noise 0.3 --n-layers 1 --width 32 --base-steps 30 --base-batch 32 --base-lr 4e-3 --pool 40 "
@@ -71,21 +72,18 @@ def test_slopes_of_the_dial():
 
 
 def test_what_a_format_loses():
-    """FP16 keeps what rounds to 2^-24 at least: half of it, 2^-25, is the edge."""
-    counts = np.zeros(loss_scale.HIGH - loss_scale.LOW + 1, dtype=np.int64)
-    counts[0] = 1000                                               # zeros are not counted
-    for e in (-30, -26, -25, -10):
-        counts[e - loss_scale.LOW + 1] = 1
-    fp16 = parse_format("fp16")
-    assert loss_scale.lost(counts, 0, fp16) == 0.5
-    assert loss_scale.lost(counts, 1, fp16) == 0.25 and loss_scale.lost(counts, 5, fp16) == 0
-    assert loss_scale.lost(counts, 0, parse_format("bf16")) == 0
+    """FP16 keeps what rounds to 2^-24 at least: 2^-25, half of it, is rounded to even, to 0."""
+    x, fp16 = 1.5 * 2.0 ** torch.tensor([-30, -26, -25, -10]), parse_format("fp16")
+    assert [anatomy.landing(x * 2 ** k, fp16)["lost"] for k in (0, 1, 5)] == [0.5, 0.25, 0]
+    assert anatomy.landing(x / 1.5, fp16)["lost"] == 0.75 == ((x / 1.5).half() == 0).float().mean()
+    assert anatomy.landing(x, parse_format("bf16"))["lost"] == 0
+    counts = loss_scale.exponents(torch.cat([torch.zeros(3), x, x]))
+    assert counts[0] == 3 and sum(counts) == 11 and counts[1 - 30 - loss_scale.LOW] == 2
 
 
 def test_moments_of_gradients():
     """The squared bias is estimated without the noise's own square: over many batches of pure noise it is 0, of noise
     and an offset, the offset's."""
-    import torch
     g = torch.Generator().manual_seed(0)
     noise, offset = bias_variance.Moments(), bias_variance.Moments()
     for _ in range(2000):
