@@ -135,9 +135,10 @@ def test_modes_are_what_they_say(monkeypatch, quick):
 
 
 def test_memory_is_that_of_a_process_of_its_own(quick):
-    held = torch.ones(1 << 28)                                       # 1 GiB, in this process
+    held = torch.ones(1 << 27)                                       # half a GiB, in this process
     size = speed.sizes(False, True)["0.9M"]
-    assert 10 < speed.alone(speed.peak_of_steps, size, "fp16 exact") < held.nbytes / 2 ** 20
+    there = speed.alone(speed.peak_of_steps, size, "fp16 exact")
+    assert 10 < there < speed.peak_memory(held.device) - 256
     report = quick("speed-memory-cpu", "--only", "memory")["logprob_memory"]
     assert report["tokens"] == 256 and report["extra_mib"] >= 0
 
