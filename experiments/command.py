@@ -26,8 +26,7 @@ from run.folder import State, provenance
 
 
 class Command:
-    """name: experiments.NAME; text: its module's docstring; add(parser): flags of its
-    own."""
+    """name: experiments.NAME; text: its module's docstring; add(parser): flags of its own."""
 
     def __init__(self, name, text, argv, add=lambda parser: None):
         p = Parser(prog=f"experiments.{name}", description=text.split("\n\n")[0],
@@ -104,8 +103,8 @@ def short(x):
 
 def sources():
     """A hash of all code that a run's numbers come from."""
-    return fingerprints("*.py", *(f"{folder}/*.py" for folder in ("data", "run", "operators", "hf")),
-                        "operators/*.c")
+    return fingerprints("*.py", "data/*.py", "run/*.py", "operators/*.py", "operators/*.c",
+                        "hf/*.py")
 
 
 def machine():

@@ -39,7 +39,7 @@ from precision import InputError
 from run.console import ranged, run_main
 from run.folder import Run, read
 
-SOURCES = command.sources()          # but for experiments/: after a change there, take another --out
+SOURCES = command.sources()             # without experiments/: after a change there, another --out
 CHILD = [sys.executable, "-m", "experiments.gpu", "--row"]
 TINY = ("--digits 1 --noise 0.3 --n-layers 1 --width 32 --base-steps 100 --base-batch 32 "
         "--base-lr 4e-3 --pool 40 --keep 0 1 --heldout 10 --prompts 8 --lr 1e-3 --steps 3").split()
@@ -258,8 +258,9 @@ def memory(row, quick):
     model, rng = pathlib.Path("model"), np.random.default_rng(0)
     weights.save(model, GPT(shape), "bf16")
     if not (model / "tokenizer.json").exists():            # bytes, a part of a large vocabulary
-        config = json.loads((model / "config.json").read_text(encoding="utf-8")) | weights.byte_tokenizer(model)
-        (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        path = model / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8")) | weights.byte_tokenizer(model)
+        path.write_text(json.dumps(config), encoding="utf-8")
     Sampler.ends = lambda self, tokens: torch.zeros_like(tokens, dtype=torch.bool)
     Env.rewards = lambda self, asked, rollout: rng.integers(0, 2, len(rollout.length)).tolist()
     flags = ["--model", "model", "--task", str(ROOT / "data" / "example_task.py"), "--out", "run",
@@ -277,8 +278,8 @@ def memory(row, quick):
         shutil.rmtree(folder)
 
 
-# part -> what does it, and the seconds that each of its rows may take. Three times nine minutes hold
-# all, even if each row takes what it may.
+# part -> what does it, and the seconds that each of its rows may take. Three times nine minutes
+# hold all, even if each row takes what it may.
 PARTS = {
     "probe": (probe, {"attention": 25, "products": 25}),
     "tests": (tests, {"pytest": 140}),
@@ -395,6 +396,7 @@ def main(argv=None):
     path = cmd.file(f"gpu {torch.cuda.get_device_name() if gpu else 'cpu'}")
     known = json.loads(path.read_text(encoding="utf-8"))["result"] if path.exists() else {}
     parts = {part: known.get(part, {}) for part in PARTS}
+    cmd.folder.mkdir(parents=True, exist_ok=True)
     left = [] if cmd.args.redraw else work_off(cmd, parts, path)
     show(parts)
     command.picture(path.with_suffix(".png"), draw, parts)

@@ -55,8 +55,8 @@ def main(argv=None):
     def told(records, summary):
         bases = [lab.base(seed) for seed in range(lab.seeds)]
         seen = [one_step(model, env, cfg, cfg.seed)["backward"] for cfg, env, model in bases]
-        counts = [exponents(x) for x in seen]
-        share = {f: {k: spread([landing(x[x > 0] * 2.0 ** k, parse_format(f))["lost"] for x in seen])
+        counts, nonzero = [exponents(x) for x in seen], [x[x > 0] for x in seen]
+        share = {f: {k: spread([landing(x * 2.0 ** k, parse_format(f))["lost"] for x in nonzero])
                      for k in range(-24, 33, 4)} for f in ("fp16", "bf16")}
         zeros = np.sum(counts, 0)[0] / np.sum(counts)
         print(f"\n{np.sum(counts)} gradients of activations, {zeros:.1%} of them zero in FP32")
