@@ -10,7 +10,7 @@ import torch
 
 from algorithms import centred
 from data import draw_problems, stream
-from experiments.lab import show
+from experiments.command import show
 from model import GPT
 from precision import Numerics, make_scaler, parse_format
 from run.base import find_base, gpt_config, load_task

@@ -3,17 +3,17 @@
     python -m experiments.bench             # the default job; takes the flags of train_rl.py
 
 Random weights of the job's shape, and no answer stops early. The formats take turns in one process,
-and so does the machine's own matrix product, so that a slow minute hits all of them. The clock and
+and so does the machine's own matrix product, so that a slow minute hits all of them. The race and
 the work are those of experiments.speed too.
 """
-import time
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from algorithms import centred
-from experiments.lab import show
+from experiments.command import show
+from experiments.probe import gemm_peak, timed
 from model import GPT, GPTConfig
 from operators import numerics
 from operators.device import pick_device
@@ -25,18 +25,6 @@ from sample import Sampler
 from train_rl import Batch, Config, learn, parse_config, update
 
 STAGES = "rollout", "rewards", "gradient", "update"
-
-
-def timed(stages, turn, device):
-    """The clock: seconds of each stage, a function of the turn's number."""
-    marks = []
-    for stage in (None, *stages):
-        if stage:
-            stage(turn)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        marks.append(time.perf_counter())
-    return np.diff(marks)
 
 
 def race(contenders, turns, device):
@@ -61,20 +49,9 @@ def race(contenders, turns, device):
                 row[f"{part}_gemm_share"] = c.flops()[i] / s / peak
             if i:
                 row |= {f"{stage}_s": x for stage, x in zip(STAGES, np.median(t, 0).tolist())}
+                learned = c.flops()[1] - c.flops()[0]
+                row["gradient_gemm_share"] = learned / row["gradient_s"] / peak
     return rows, peak
-
-
-def gemm_peak(device, dtype=None):
-    """FLOP/s of this machine's own matrix product, FP32 on a CPU, else FP16 if nothing is said: the
-    best of a few sizes, each the median of 3."""
-    best, cpu = 0.0, device.type == "cpu"
-    dtype = dtype or (torch.float32 if cpu else torch.float16)
-    for m, k, n in ([(1024, 1024, 1024), (2048, 1024, 1024), (4096, 512, 512)] if cpu else
-                    [(8192, 8192, 8192), (16384, 4096, 4096)]):
-        a, b = (torch.randn(*size, device=device, dtype=dtype) for size in ((m, k), (k, n)))
-        times = timed([lambda _: a @ b] * 4, 0, device)[1:]                         # noqa: B023
-        best = max(best, 2 * m * k * n / float(np.median(times)))
-    return best
 
 
 def flops(model, tokens, context, heads):
@@ -111,14 +88,17 @@ class Size:
 
 
 class Work:
-    """This program's rollout and whole GRPO step on a model, in one format."""
+    """This program's rollout, or whole GRPO step, on a model. mode: such as "fp16 exact", or
+    "fp16 --no-fast"."""
 
-    def __init__(self, model, size, fmt, fast=True, exact=False, cfg=None):
+    def __init__(self, model, size, mode, step=True, cfg=None):
+        fmt, fast, exact = mode.split()[0], "--no-fast" not in mode, "exact" in mode
         self.model, self.size, self.optimizer = model, size, None
         self.num = numerics(fmt, model.embedding.device, fast, exact).hold(model.parameters())
         self.sampler, self.scaler = Sampler(model, stop=-1, pad=0, fast=fast), make_scaler(self.num)
         self.cfg = replace(cfg or Config(), micro_batch=size.micro)
         self.stages = self.rollout, self.rewards, self.gradient, self.update
+        self.stages = self.stages if step else self.stages[:1]
 
     def rollout(self, turn):
         self.model.use(self.num)
@@ -150,6 +130,14 @@ class Work:
         whole = flops(m, s.rows * (s.prompt + s.new - 1), (s.prompt + s.new) / 2, s.tokens)
         return rollout, rollout + 3 * whole
 
+    def decode_bytes(self):
+        """Bytes that decoding must read: all weights and the filled KV cache, once a step."""
+        s, c = self.size, self.model.cfg
+        slots = s.rows * (s.prompt + s.new / 2) * 2 * c.n_layers * c.n_kv_heads * c.head_dim
+        matrices = sum(p.numel() for p in [*self.model.blocks.parameters(), self.model.head]
+                       if p.dim() == 2)
+        return (s.new - 1) * (matrices + slots) * self.num.dtype.itemsize
+
 
 def main(argv=None):
     cfg = parse_config(argv)[0]
@@ -157,8 +145,8 @@ def main(argv=None):
     model = GPT(gpt_config(cfg, env), device)
     size = Size(model.cfg, cfg.prompts, env.prompt_length, env.answer_length, cfg.micro_batch,
                 cfg.group)
-    formats = dict.fromkeys(("fp32", cfg.train_format))
-    work = {f: Work(model, size, f, cfg.fast, cfg.exact, cfg) for f in formats}
+    flags = " exact" * cfg.exact + " --no-fast" * (not cfg.fast)
+    work = {f: Work(model, size, f + flags, cfg=cfg) for f in ("fp32", cfg.train_format)}
     rows, peak = race(work, 5, device)
     print(f"{model.n_params() / 1e6:.1f} M parameters, {size.rows} answers of {size.new} tokens to "
           f"prompts of {size.prompt}\n{device}, {torch.get_num_threads()} threads, matrix product "

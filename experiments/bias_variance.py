@@ -21,8 +21,8 @@ import torch
 
 from algorithms import leave_one_out
 from data import draw_problems, stream
-from experiments.grid import heat
-from experiments.lab import GPU, LAB, QUICK, Lab, over_seeds, parts, show
+from experiments.command import heat, show
+from experiments.lab import GPU, LAB, QUICK, Lab, over_seeds, parts
 from operators import numerics
 from precision import make_scaler
 from run.console import run_main

@@ -7,8 +7,8 @@ In the paper BF16 collapses after 150 to 1,200 steps with answers of thousands o
 should bring it about at a small size is turned up, one thing at a time, with BF16 and FP16 on both
 sides, and with training in either against FP32 rollouts (training is where a coarse format does
 harm: experiments.precision_grid). The rule, in LOG.md before the runs: a setting is a candidate
-when BF16 collapses in more seeds than its FP16 twin. A candidate is run again with `--setting NAME
---seeds 5`, and is the answer if at least 4 of 5 BF16 runs collapse and no FP16 run does.
+when BF16 collapses in more seeds than its FP16 twin. With `--seeds 5` it is the answer if at least
+4 of 5 BF16 runs collapse and no FP16 run does.
 """
 from experiments.grid import grid, other_modes, title
 from experiments.lab import Lab
@@ -41,13 +41,8 @@ def candidates(records, summary):
 
 
 def main(argv=None):
-    def add(p):
-        other_modes(p)
-        p.add_argument("--setting", choices=tuple(SETTINGS), default="", help="this one alone")
-    lab = Lab("collapse", __doc__, argv, add=add)
-    one = lab.args.setting
-    grid(lab, {one: SETTINGS[one]} if one else SETTINGS, lab.args.modes or MODES,
-         "--old-policy recomputed", also=candidates, across=5, name=f"collapse {one}")
+    lab = Lab("collapse", __doc__, argv, add=other_modes)
+    grid(lab, SETTINGS, lab.args.modes or MODES, "--old-policy recomputed", also=candidates)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ by the disagreement; beside each pair stands its twin that rounds the same on bo
 """
 import numpy as np
 
-from experiments.grid import grid, heat, title
-from experiments.lab import Lab, last, show, spread
+from experiments.command import heat, show
+from experiments.grid import grid, title
+from experiments.lab import Lab, last, spread
 from experiments.mismatch import SHAPES, distance, passes, random, trained
 from run.console import run_main
 

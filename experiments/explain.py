@@ -13,7 +13,8 @@ import torch
 
 from data import draw_problems, stream
 from data.tokenizer import encode
-from experiments.lab import parts, show
+from experiments.command import show
+from experiments.lab import parts
 from experiments.mismatch import distance, passes
 from model import GPT
 from operators import numerics

@@ -8,7 +8,8 @@
 Each row of a part is a process with a limit of its own: a failure, a hang or an illegal memory
 access in one hides nothing of the others. What a row had found by then is kept, and the JSON file
 is written anew after each. A row is done if it has figures, no failure, and the sources are what
-they were. What failed is tried again, after all others. Logs are in out/lab/gpu.
+they were. What failed is tried again, after all others. Logs are in out/lab/gpu. A row imports what
+it needs itself: without the tokenizer's package the first part still runs.
 """
 import argparse
 import importlib.util
@@ -16,7 +17,6 @@ import json
 import math
 import os
 import pathlib
-import re
 import shutil
 import signal
 import subprocess
@@ -26,35 +26,20 @@ import traceback
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
+import numpy as np
 import torch
 
-from experiments.probe import TOY, Probe, products
+from experiments import command
+from experiments.probe import TOY, Probe, bandwidth, gemm_peak, products
 from model import GPT
 from operators import numerics
-from operators.code import ROOT, fingerprints
+from operators.code import ROOT
 from operators.device import pick_device
 from precision import InputError
-from run.console import Parser, ranged, run_main
+from run.console import ranged, run_main
+from run.folder import Run, read
 
-MISSING = ""
-try:
-    import numpy as np
-
-    import train_rl
-    from data.env import Env
-    from data.tokenizer import TOKENIZER
-    from experiments import bench, grid, lab, mismatch, speed
-    from hf import weights
-    from run import base, problems
-    from run import memory as plan
-    from run.folder import Run
-    from sample import Sampler
-except ImportError as e:                        # without tiktoken some of the probe is all there is
-    MISSING = str(e)
-
-# What the rows' numbers come from, but for experiments/: after a change there, --again
-SOURCES = fingerprints("*.py", "data/*.py", "run/*.py", "operators/*.py", "operators/*.c",
-                       "hf/*.py")
+SOURCES = command.sources()             # without experiments/: after a change there, another --out
 CHILD = [sys.executable, "-m", "experiments.gpu", "--row"]
 TINY = ("--digits 1 --noise 0.3 --n-layers 1 --width 32 --base-steps 100 --base-batch 32 "
         "--base-lr 4e-3 --pool 40 --keep 0 1 --heldout 10 --prompts 8 --lr 1e-3 --steps 3").split()
@@ -62,10 +47,10 @@ TINY = ("--digits 1 --noise 0.3 --n-layers 1 --width 32 --base-steps 100 --base-
 
 def note(**kinds):
     """figures=, failed= or lacks=, a dict each: a line of the row's log, that `noted` reads."""
-    print("::", json.dumps(kinds), flush=True)
+    print("\n::", json.dumps(kinds), flush=True)         # pytest may be in the middle of a line
 
 
-def noted(log, folder):
+def noted(log):
     found = {}
     for line in log.rpartition("\n")[0].splitlines():
         if line.startswith(":: "):
@@ -112,15 +97,58 @@ def probe(row, quick):
             with trying(f"{fmt}: mm"):
                 note(figures={f"{fmt}: error of {k} mm": e for k, e in products(num).items()})
             with trying(f"{fmt}: peaks"):
-                if MISSING:
-                    raise ImportError(MISSING)
-                copied = speed.bandwidth(device, 1 << (20 if quick else 28))
-                note(figures={f"{fmt}: matrix peak, TFLOP/s": bench.gemm_peak(device, num.dtype)
-                              / 1e12, "copy, GB/s": copied / 1e9})
+                copied = bandwidth(device, 1 << (20 if quick else 28))
+                note(figures={f"{fmt}: matrix peak, TFLOP/s": gemm_peak(device, num.dtype) / 1e12,
+                              "copy, GB/s": copied / 1e9})
+
+
+def tests(row, quick):
+    """pytest: what takes the device fixture, and what simulates a GPU."""
+    import pytest
+    import tiktoken  # noqa: F401  without it every test fails
+    found = dict(passed=0, failed=0, skipped=0)
+
+    class Counting:
+        def pytest_runtest_logreport(self, report):
+            if report.when == "call" or not report.passed:
+                found[report.outcome] += 1
+                note(figures=found)
+            self.pytest_collectreport(report)
+
+        def pytest_collectreport(self, report):
+            if report.failed:
+                note(failed={report.nodeid: tail(report.longreprtext)[-1:]})
+    os.chdir(ROOT)
+    many = ["-n", "8", "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
+    what = ["tests", "-k", "cuda or test_gpu", *many]
+    if quick:
+        what = ["tests/test_gpu.py", "-k", "refuses or wait_for"]
+    return pytest.main(["-o", "addopts=", "-o", "faulthandler_timeout=60", "-v", "--tb=short",
+                        "--continue-on-collection-errors", *what], plugins=[Counting()])
+
+
+def job(row, quick):
+    """The default job as a newcomer runs it, with an empty cache: seconds by phase, the result."""
+    import train_rl
+    from run import base
+    shutil.rmtree(base.CACHE, ignore_errors=True)
+    flags, begin = TINY * quick, time.time()
+    cfg = train_rl.parse_config(flags)[0]
+    base.get_base(cfg, pick_device(), base.load_task(cfg))
+    note(figures={"imitation, s": time.time() - begin})
+    status = train_rl.main([*flags, "--out", "run"])
+    *_, end = read(Run("run").metrics)
+    steps = Run("run").history()
+    note(figures={"all, s": time.time() - begin, "rollouts, s": sum(r["t_rollout"] for r in steps),
+                  "learning, s": sum(r["t_train"] for r in steps), "steps": len(steps)}
+         | {k: v for k, v in end["result"].items() if k not in ("changed", "seconds")})
+    return status
 
 
 def promises(row, quick):
     """What must hold bit for bit, and what must run: a few steps of a small job."""
+    import train_rl
+    from experiments import lab
     wide = "--n-layers 4 --width 256 --base-steps 400 --base-batch 128 --base-lr 1e-3".split()
     size = [*(TINY if quick else [*lab.LAB, *wide]), "--keep", "0", "1", "--heldout", "0",
             "--lr-schedule", "constant", "--steps", "6"]
@@ -155,6 +183,9 @@ def promises(row, quick):
 
 def pairs(row, quick):
     """How far apart pairs of formats are, measured as experiments.mismatch does."""
+    import train_rl
+    from experiments import mismatch
+    from run import base
     layers, n = int(row.split()[0]), 4 if quick else 64
     if "trained" in row:
         cfg = train_rl.parse_config(TINY if quick else ["--n-layers", str(layers)])[0]
@@ -171,25 +202,36 @@ def pairs(row, quick):
 
 def speeds(row, quick):
     """Decoding, learning, and the peers of experiments.speed."""
+    from experiments import speed
+    from experiments.bench import Work, race
     os.environ |= speed.QUIET
-    size = speed.Size(TOY, 2, 8, 9, 8) if quick else speed.sizes(True)[row]
-    device, turns = pick_device(), 1 if quick else 3
-    model, copied = GPT(size.gpt, device), speed.bandwidth(device, 1 << (20 if quick else 28))
+    size, device, turns = speed.sizes(True, quick)[row], pick_device(), 1 if quick else 3
+    model, copied = GPT(size.gpt, device), bandwidth(device, 1 << (20 if quick else 28))
     for n in (1, 8) if quick else (1, 64, 256, 1024):
         with trying(f"decoding {n} rows"):
-            note(figures=speed.decoding(model, size, n, turns, device, copied))
-    for mode in ("bf16", "exact"):
+            rows = replace(size, prompts=-(-n // size.group), group=min(size.group, n))
+            work = Work(model, rows, "fp16", step=False)
+            r = race({"": work}, turns, device)[0][""]
+            share = work.decode_bytes() / r["rollout_s"] / copied
+            note(figures={f"{n} rows: tokens/s": r["rollout_tokens_per_s"],
+                          f"{n} rows: share of bandwidth": share})
+    for mode in ("bf16", "fp16 exact"):
         with trying(f"learning, fp16 and {mode}"):
-            note(figures=speed.learning(model, size, mode, turns, device))
+            both = {m: Work(model, size, m) for m in ("fp16", mode)}
+            for m, r in race(both, turns, device)[0].items():
+                note(figures={f"{m}: step, s": r["step_s"],
+                              f"{m}: step over fp16's": r["step_ratio"],
+                              f"{m}: share of matrix peak": r["gradient_gemm_share"]})
     with trying("generate"):
         peer = speed.to_transformers(model)
         peer = peer.half() if device.type == "cuda" else peer
-        both = dict(ours=speed.decoder(model, size), them=speed.Generate(peer, size, "static"))
-        ratio = bench.race(both, turns, device)[0]["them"]["rollout_ratio"]
+        both = dict(ours=Work(model, size, "fp16", step=False),
+                    them=speed.Generate(peer, size, "static"))
+        ratio = race(both, turns, device)[0]["them"]["rollout_ratio"]
         note(figures={"generate over our rollout": ratio})
     with trying("TRL"):
         import trl  # noqa: F401
-        ours = bench.Work(model, size, "fp16")
+        ours = Work(model, size, "fp16")
         theirs, ours = speed.trl_steps(speed.to_transformers(model), ours, turns)
         note(figures={"TRL's step over ours": float(np.median(theirs / ours))})
 
@@ -199,6 +241,15 @@ def memory(row, quick):
     held), beside what --plan says. Random weights take as much as trained ones. No answer ends, and
     rewards are drawn by lot: every answer is as long as can be and goes both ways."""
     import safetensors  # noqa: F401
+
+    import train_rl
+    from data.env import Env
+    from data.tokenizer import TOKENIZER
+    from experiments import speed
+    from hf import weights
+    from run import base, problems
+    from run import memory as plan
+    from sample import Sampler
     shape = replace(speed.sizes(True)["0.5B"].gpt, context=4096)
     if quick:
         shape = replace(TOY, vocab_size=TOKENIZER.n_vocab, qkv_bias=True, tied_head=True)
@@ -207,8 +258,9 @@ def memory(row, quick):
     model, rng = pathlib.Path("model"), np.random.default_rng(0)
     weights.save(model, GPT(shape), "bf16")
     if not (model / "tokenizer.json").exists():            # bytes, a part of a large vocabulary
-        config = json.loads((model / "config.json").read_text(encoding="utf-8")) | weights.byte_tokenizer(model)
-        (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        path = model / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8")) | weights.byte_tokenizer(model)
+        path.write_text(json.dumps(config), encoding="utf-8")
     Sampler.ends = lambda self, tokens: torch.zeros_like(tokens, dtype=torch.bool)
     Env.rewards = lambda self, asked, rollout: rng.integers(0, 2, len(rollout.length)).tolist()
     flags = ["--model", "model", "--task", str(ROOT / "data" / "example_task.py"), "--out", "run",
@@ -226,58 +278,12 @@ def memory(row, quick):
         shutil.rmtree(folder)
 
 
-# --------------------------------------------------------------------------------------------------
-# Rows that are other commands, and what is read from what they leave
-
-
-def tests(quick, folder):
-    """pytest: what takes the device fixture, and what simulates a GPU."""
-    import pytest  # noqa: F401
-    many = ["-n", "8", "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
-    what = ["tests", "-k", "cuda or test_gpu", *many]
-    if quick:
-        what = ["tests/test_gpu.py", "-k", "refuses or wait_for"]
-    return [sys.executable, "-m", "pytest", "-o", "addopts=", "-o", "faulthandler_timeout=60", "-v",
-            "-rfE", "--tb=short", "--continue-on-collection-errors", *what]
-
-
-def counted(log, folder):
-    """Of a run's lines, which have a percentage. Its summary says more, if it came that far."""
-    ran = {k: re.findall(rf"^(?=.*%\]).*\b{k.upper()}\b.*", log, re.M)
-           for k in ("passed", "failed", "error", "skipped")}
-    bad = re.findall(r"^(?:FAILED|ERROR) .*", log, re.M) or ran["failed"] + ran["error"]
-    return dict(figures={k: len(lines) for k, lines in ran.items()},
-                failed={"tests": [line[:200] for line in bad[:40]]} if bad else {})
-
-
-def job(quick, folder):
-    """The default job as a newcomer runs it, with an empty cache."""
-    for made in ("cache", "job"):
-        shutil.rmtree(folder / made, ignore_errors=True)
-    return [sys.executable, "train_rl.py", *TINY * quick, "--out", str(folder / "job")]
-
-
-def phases(log, folder):
-    """The run's result, and its seconds by phase."""
-    metrics = folder / "job" / "metrics.jsonl"
-    text = metrics.read_text(encoding="utf-8") if metrics.exists() else ""
-    rows = [json.loads(line) for line in text.rpartition("\n")[0].splitlines()]   # whole lines
-    minutes, seconds = (re.findall(r"imitation .* (\d+):(\d\d) spent", log) or [(0, 0)])[-1]
-    figures = {"imitation, s": 60 * int(minutes) + int(seconds),
-               "rollouts, s": sum(r.get("t_rollout", 0) for r in rows),
-               "learning, s": sum(r.get("t_train", 0) for r in rows),
-               "steps": sum("step" in r for r in rows)}
-    end = rows[-1].get("result", {}) if rows else {}
-    whole = {"all, s": end.pop("seconds")} if end else {}
-    return dict(figures=figures | whole | {k: v for k, v in end.items() if k != "changed"})
-
-
-# part -> what does it (or makes a command, and reads what it left), and the seconds that each of
-# its rows may take. Three times nine minutes hold all, even if each row takes what it may.
+# part -> what does it, and the seconds that each of its rows may take. Three times nine minutes
+# hold all, even if each row takes what it may.
 PARTS = {
     "probe": (probe, {"attention": 25, "products": 25}),
-    "tests": ((tests, counted), {"pytest": 140}),
-    "job": ((job, phases), {"default": 330}),
+    "tests": (tests, {"pytest": 140}),
+    "job": (job, {"default": 330}),
     "promises": (promises, dict.fromkeys(("exact", "resume", "recompute", "LoRA", "experts"), 40)),
     "mismatch": (pairs, {"8 layers, random": 35, "24 layers, random": 50, "8 layers, trained": 35,
                          "24 layers, trained": 35}),
@@ -293,25 +299,16 @@ FEW = {"mismatch": ("8 layers, random", "8 layers, trained"), "speed": ("0.9M",)
 
 
 def child(part, row, quick):
-    """A row, in this process."""
+    """A row, in this process -> its exit status."""
     with trying(row):
-        PARTS[part][0](row, quick)
+        return PARTS[part][0](row, quick)
 
 
 def run(part, row, limit, folder, quick):
     """A row, in a process of its own -> all that is known of it."""
-    work, place = PARTS[part][0], folder / "-".join(re.findall(r"[\w.]+", f"{part} {row}"))
+    place = folder / command.slug(f"{part} {row}")
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
-    found = dict(figures={}, failed={}, lacks={}, seconds=0.0, sources=SOURCES)
-    command, where, read = [*CHILD, part, row, *["--quick"] * quick], place, noted
-    try:
-        if MISSING and part != "probe":
-            raise ImportError(MISSING)
-        if isinstance(work, tuple):
-            command, where, read = work[0](quick, folder), ROOT, work[1]
-    except ImportError as e:
-        return found | dict(lacks={row: str(e)})
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     env |= dict(PYTHONUNBUFFERED="1", TENBIT_CACHE=str(folder / "cache"),
                 PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])]))
@@ -319,8 +316,8 @@ def run(part, row, limit, folder, quick):
     begin, why, path = time.time(), "", place / "log.txt"
     with open(path, "w", encoding="utf-8") as log:
         # a group of its own, to be stopped with all that it started
-        process = subprocess.Popen(command, cwd=where, env=env, stdout=log, stderr=log,
-                                   process_group=0)
+        process = subprocess.Popen([*CHILD, part, row, *["--quick"] * quick], cwd=place, env=env,
+                                   stdout=log, stderr=log, process_group=0)
         try:
             if process.wait(limit):
                 why = f"exit status {process.returncode}"
@@ -332,22 +329,22 @@ def run(part, row, limit, folder, quick):
             with suppress(subprocess.TimeoutExpired):           # a driver may hold it for long
                 process.wait(10)
     text = path.read_text(encoding="utf-8", errors="replace")
-    found |= read(text, folder) | dict(seconds=time.time() - begin)
+    found = dict(figures={}, failed={}, lacks={}) | noted(text)
     if why:
         found["failed"]["the process"] = [why, *tail(text)]
-    return found
+    return found | dict(seconds=time.time() - begin, sources=SOURCES)
 
 
 def show(parts):
     """A table a part; then what is missing."""
     for part, rows in parts.items():
-        lines = {"seconds": {row: r["seconds"] for row, r in rows.items()}}
+        lines = {}
         for row, r in rows.items():
-            for k, v in r["figures"].items():
+            for k, v in dict(seconds=r["seconds"], **r["figures"]).items():
                 if not isinstance(v, dict):
                     lines.setdefault(k, {})[row] = v
         if rows:
-            print(part, json.dumps(lines)) if MISSING else lab.show(lines, part)
+            command.show(lines, part)
     for part, rows in parts.items():
         for row, r in rows.items():
             for what, text in r["lacks"].items():
@@ -362,11 +359,13 @@ def draw(plt, parts):
     """The mismatch as a map; decoding and memory as points."""
     of = {part: {row: r["figures"] for row, r in rows.items()} for part, rows in parts.items()}
     fig, (far, decoding, held) = plt.subplots(1, 3, figsize=(15, 4.5))
-    modes, cases = mismatch.MODES, {k: f for k, f in of["mismatch"].items() if f}
+    cases = {k: f for k, f in of["mismatch"].items() if f}
     if cases:
+        modes = [k[4:] for k in next(iter(cases.values())) if k.startswith("KL, ")]
+
         def kl(mode, case):
             return cases[case].get(f"KL, {mode}") or 0.0
-        grid.heat(far, modes, list(cases), lambda m, c: math.log10(kl(m, c) + 1e-17),
+        command.heat(far, modes, list(cases), lambda m, c: math.log10(kl(m, c) + 1e-17),
                   lambda m, c: f"{kl(m, c):.1e}", cmap="YlOrRd")
     for size, f in of["speed"].items():
         at = {int(k.split()[0]): v for k, v in f.items() if k.endswith("of bandwidth")}
@@ -382,40 +381,31 @@ def draw(plt, parts):
 
 
 def main(argv=None):
-    p = Parser(prog="python -m experiments.gpu", description=__doc__.split("\n\n")[0],
-               allow_abbrev=False)
-    p.add_argument("--only", nargs="+", choices=tuple(PARTS), default=tuple(PARTS), metavar="PART",
-                   help=f"of {', '.join(PARTS)}")
-    p.add_argument("--minutes", type=ranged(float, 0, 1e6), default=1e6,
-                   help="a row begins only if its limit ends before that")
-    p.add_argument("--quick", action="store_true", help="toy sizes; their numbers mean nothing")
-    p.add_argument("--again", action="store_true", help="what is done already, too")
-    p.add_argument("--out", default="", help="folder for the JSON file, the picture and runs/ "
-                   "(default: results and out/lab/gpu; with --quick out/lab/gpu-quick)")
-    p.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
-    a = p.parse_args(argv)
-    if a.row:
-        return child(*a.row, a.quick)
+    def add(p):
+        p.add_argument("--only", nargs="+", choices=tuple(PARTS), default=tuple(PARTS),
+                       metavar="PART", help=f"of {', '.join(PARTS)}")
+        p.add_argument("--minutes", type=ranged(float, 0, 1e6), default=1e6,
+                       help="a row begins only if its limit ends before that")
+        p.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
+    cmd = command.Command("gpu", __doc__, argv, add)
+    if cmd.args.row:
+        return child(*cmd.args.row, cmd.quick)
     gpu = torch.cuda.is_available()
-    if not (gpu or a.quick):
+    if not (gpu or cmd.quick):
         raise InputError(f"torch {torch.__version__} sees no GPU; --quick runs on a CPU too")
-    name = "-".join(re.findall(r"\w+", torch.cuda.get_device_name() if gpu else "cpu"))
-    runs = ROOT / "out" / "lab" / ("gpu-quick" if a.quick else "gpu")
-    out = pathlib.Path(a.out) if a.out else runs if a.quick else ROOT / "results"
-    path, folder = out / f"gpu-{name}.json", out.resolve() / "runs" if a.out else runs
-    folder.mkdir(parents=True, exist_ok=True)
-    known = json.loads(path.read_text(encoding="utf-8"))["parts"] if path.exists() else {}
+    path = cmd.file(f"gpu {torch.cuda.get_device_name() if gpu else 'cpu'}")
+    known = json.loads(path.read_text(encoding="utf-8"))["result"] if path.exists() else {}
     parts = {part: known.get(part, {}) for part in PARTS}
-    left = work_off(a, parts, folder, path)
+    cmd.folder.mkdir(parents=True, exist_ok=True)
+    left = [] if cmd.args.redraw else work_off(cmd, parts, path)
     show(parts)
-    if not MISSING:
-        lab.picture(path.with_suffix(".png"), draw, parts)
+    command.picture(path.with_suffix(".png"), draw, parts)
     if left:
         print(f"left: {', '.join(left)}. The same command does them")
-    return int(any(r["failed"] for part in a.only for r in parts[part].values()))
+    return int(any(r["failed"] for part in cmd.args.only for r in parts[part].values()))
 
 
-def work_off(a, parts, folder, path):
+def work_off(cmd, parts, path):
     """Do the rows that are asked for and not done yet -> those that the time was too short for."""
     left, begin = [], time.time()
 
@@ -424,21 +414,17 @@ def work_off(a, parts, folder, path):
         r = parts[part].get(row)
         fresh = r is not None and r["sources"] == SOURCES
         return fresh + (fresh and r["figures"] != {} and not r["failed"])
-    asked = [(part, row) for part in PARTS if part in a.only for row in PARTS[part][1]
-             if not a.quick or row in FEW.get(part, PARTS[part][1])]
-    todo = [x for x in asked if a.again or known(*x) < 2]
+    asked = [(part, row) for part in PARTS if part in cmd.args.only for row in PARTS[part][1]
+             if not cmd.quick or row in FEW.get(part, PARTS[part][1])]
+    todo = [x for x in asked if known(*x) < 2]
     for part, row in sorted(todo, key=lambda x: known(*x) == 1):
-        limit = 120 if a.quick else PARTS[part][1][row]
-        if time.time() + limit > begin + 60 * a.minutes:
+        limit = 120 if cmd.quick else PARTS[part][1][row]
+        if time.time() + limit > begin + 60 * cmd.args.minutes:
             left.append(f"{part} {row}")
             continue
-        r = parts[part][row] = run(part, row, limit, folder, a.quick)
+        r = parts[part][row] = run(part, row, limit, cmd.folder, cmd.quick)
         print(f"{part} {row}: {r['seconds']:.0f} s{', FAILED' * bool(r['failed'])}", flush=True)
-        found, partial = dict(command=" ".join(sys.argv), parts=parts), path.with_suffix(".partial")
-        if not MISSING:
-            found = lab.machine() | lab.tidy(found)
-        partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        cmd.save(path, parts)
     return left
 
 

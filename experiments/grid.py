@@ -5,9 +5,10 @@
 
 It prints a line a cell and the paired differences, and leaves mine.json and mine.png.
 """
-import numpy as np
+from math import ceil
 
-from experiments.lab import GPU, LAB, QUICK, Job, formats, paired, short, show, smooth, summary
+from experiments.command import band, short, show
+from experiments.lab import GPU, LAB, QUICK, Job, formats, paired, smooth, summary
 
 AXES = dict(accuracy="sampled accuracy", kl_k3="KL(rollout || train) a token, nats",
             loss_scale="loss scale")
@@ -24,12 +25,12 @@ def other_modes(p):
 
 
 def grid(lab, rows={"": ""}, modes=("",), flags="", job=None, compare=(),  # noqa: B006
-         value=lambda r: r["accuracy"], curves=("accuracy",), panels=None, across=3,
+         value=lambda r: r["accuracy"], curves=("accuracy",), panels=None,
          change=lambda job: job, also=lambda records, summary: {}, draw=None, name=""):
     """rows: name -> flags; modes: as lab.parts reads them; flags: of all; job: the sizes, if not
     the laboratory's own. compare: pairs of rows, each in all modes, or of modes, each in all rows:
-    their `value` is compared seed by seed. curves: what is drawn, a panel a row, `across` side by
-    side; panels: others, title -> names. What a command has of its own: change(job) -> job;
+    their `value` is compared seed by seed. curves: what is drawn, a panel a row; panels: others,
+    title -> names. What a command has of its own: change(job) -> job;
     also(records, summary) -> more results; draw(plt, result, records) -> another figure."""
     cells = {title(r, m): (rows[r], m) for r in rows for m in modes}
     pairs = [(title(a, m), title(b, m)) for a, b in compare if a in rows for m in modes]
@@ -51,8 +52,9 @@ def grid(lab, rows={"": ""}, modes=("",), flags="", job=None, compare=(),  # noq
     name = " ".join([name or lab.name, *getattr(lab.args, "modes", ())])
 
     def usual(plt, result, records):
-        return figure(plt, lab.name, panels or one, curves, across, result["summary"], records)
-    lab.present(make, draw or usual, name, {*curves, "accuracy"})
+        return figure(plt, lab.name, panels or one, curves, result["summary"], records)
+    lab.curves = {*curves, "accuracy"}
+    lab.present(make, draw or usual, name)
 
 
 def line(s):
@@ -75,12 +77,12 @@ def tell(pairs):
               + ("differ" if d["significant"] else "no difference shown"))
 
 
-def figure(plt, what, panels, curves, across, found, records):
+def figure(plt, what, panels, curves, found, records):
     """A panel for each of `panels`, for each of `curves`."""
     shown = [(key, text, [n for n in names if n in found])
              for key in curves for text, names in panels.items()]
     shown = [x for x in shown if x[2]]
-    columns = min(across, len(shown))
+    columns = len(panels) if min(len(panels), len(curves)) > 1 else ceil(len(shown) ** 0.5)
     down = -(-len(shown) // columns)
     fig, axes = plt.subplots(down, columns, figsize=(max(11, 3.6 * columns), 3.2 * down + 0.8),
                              squeeze=False)
@@ -115,25 +117,3 @@ def panel(ax, summary, records, names, key, text=""):
         ax.set_yscale("log")
     ax.set(title=text, xlabel="RL step", ylabel=AXES[key])
     ax.legend()
-
-
-def band(ax, curves, color, label, first=1):
-    """Mean and range of curves, one of which may end before the others; returns them, (N, longest),
-    masked after their ends. first: where the first point lies."""
-    y = np.full((len(curves), max(1, *map(len, curves))), np.nan)
-    for row, curve in zip(y, curves):
-        row[:len(curve)] = curve
-    x, y = range(first, first + y.shape[1]), np.ma.masked_invalid(y)
-    ax.plot(x, y.mean(0), color=color, label=label)
-    ax.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.12, lw=0)
-    return y
-
-
-def heat(ax, rows, columns, value, text, **style):
-    """A map: value(row, column) as color, text(row, column) on it."""
-    ax.imshow([[value(r, c) for c in columns] for r in rows], aspect="auto", alpha=0.6, **style)
-    for i, r in enumerate(rows):
-        for j, c in enumerate(columns):
-            ax.text(j, i, text(r, c), ha="center", va="center", fontsize=8)
-    ax.set_xticks(range(len(columns)), columns, fontsize=8, rotation=20)
-    ax.set_yticks(range(len(rows)), rows, fontsize=8)

@@ -1,23 +1,15 @@
-"""What all experiments share: runs of train_rl.py over seeds, the rules by which they are judged,
-and a command's flags, files and pictures.
+"""Runs of train_rl.py over seeds, and the rules by which they are judged.
 
-    python -m experiments.NAME              # the README's sizes, 30 minutes at most on two cores
-    python -m experiments.NAME --quick      # 2 minutes or less: does the command work?
     python -m experiments.NAME --preset gpu # sizes for one GPU
-    python -m experiments.NAME --redraw     # nothing is run: the picture, from the JSON file
 
 Each run is a process with one thread, as many at a time as there are cores: times are for
 comparison among themselves only. All runs of a seed share one base model and one perfectible set,
 whatever their formats. A run is not done again if its command and the program's sources are what
 they were. One that fails is an outcome, and counted. Seeds are 0 to N-1, none is left out.
 """
-import datetime
 import json
 import math
 import os
-import pathlib
-import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -28,15 +20,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from operators.code import fingerprints
+from experiments.command import Command, short, slug, sources, tidy
+from operators.code import ROOT
 from operators.device import pick_device
-from precision import InputError
 from run.base import find_base, get_base, load_task
-from run.console import Parser, ranged
-from run.folder import provenance
-from train_rl import Config, parse_config
+from run.checkpoint import replacing
+from run.console import ranged
+from run.folder import read
+from train_rl import parse_config
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 # The job of most experiments: sums of two digits with 22 tokens of working, 0.13 M parameters, four
 # updates a batch as in the paper. 100 steps take half a minute on one core, and reach 98 % in FP32.
 LAB = ("--digits 2 --noise 0.2 --n-layers 2 --width 64 --base-steps 600 --base-batch 64 "
@@ -77,15 +69,6 @@ def formats(mode):
     return ["--precision", training, "--rollout-precision", rollout, *["--exact"] * exact]
 
 
-def sources():
-    """A hash of all code that a run's numbers come from."""
-    return fingerprints("*.py", "data/*.py", "run/*.py", "operators/*.py", "operators/*.c")
-
-
-def slug(text):
-    return "-".join(re.findall(r"\w+", text))
-
-
 def run(job, folder, about):
     """One run of train_rl.py -> its record. `about`: the sources' hash."""
     path, begin = folder / f"{slug(job.name)}-seed{job.seed}-{job.threads}", time.time()
@@ -103,9 +86,7 @@ def run(job, folder, about):
                                 stdout=log, stderr=log).returncode
     out = dict(name=job.name, seed=job.seed, threads=job.threads, command=command, sources=about,
                wall=time.time() - begin)
-    metrics = path / "run" / "metrics.jsonl"
-    text = metrics.read_text(encoding="utf-8") if metrics.exists() else ""
-    rows = [json.loads(line) for line in text.splitlines()] or [{}]
+    rows = [*read(path / "run" / "metrics.jsonl")] or [{}]
     steps = [r for r in rows if "step" in r]
     out["config"] = rows[0].get("config", {})
     out["curves"] = {k: [tidy(float(m[k])) for m in steps if k in m] for k in CURVES}
@@ -117,20 +98,9 @@ def run(job, folder, about):
     else:                                                  # killed, or wrong flags: not an outcome
         raise SystemExit(f"{job.name}, seed {job.seed} (exit status {status}): {said}")
     (path / "run" / "checkpoint.pt").unlink(missing_ok=True)                # a sweep has hundreds
-    record.with_suffix(".partial").write_text(json.dumps(out), encoding="utf-8")
-    os.replace(record.with_suffix(".partial"), record)
+    with replacing(record) as f:
+        f.write(json.dumps(out).encode())
     return out
-
-
-def tidy(x):
-    """The same with five digits, and None for NaN and infinities, which JSON does not know."""
-    if isinstance(x, dict):
-        return {k: tidy(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [tidy(v) for v in x]
-    if isinstance(x, float):
-        return float(f"{x:.5g}") if math.isfinite(x) else None
-    return x
 
 
 def sweep(jobs, folder, workers):
@@ -259,53 +229,27 @@ def over_seeds(records, keys):
             for name in dict.fromkeys(r["name"] for r in records)}
 
 
-def show(table, title=""):
-    """{row: {column: text or number}}, printed; None is what no run came far enough to have."""
-    first = max(map(len, (title, *table))) + 3
-    columns = dict.fromkeys(c for cells in table.values() for c in cells)
-    print(f"\n{title:{first}}" + "  ".join(f"{c:>10}" for c in columns))
-    for row, cells in table.items():
-        texts = (f"{short(cells.get(c, '')):>{max(10, len(c))}}" for c in columns)
-        print(f"{row:{first}}" + "  ".join(texts))
-
-
-def short(x):
-    return "-" if x is None else f"{x:.3g}" if isinstance(x, float) else str(x)
-
-
 # --------------------------------------------------------------------------------------------------
-# Flags, files, pictures
+# The command
 
 
-class Lab:
-    """A command. text: its module's docstring; seeds: how many by default; add(parser): flags of
-    its own; rest: keep flags that are not known, for train_rl.py."""
+class Lab(Command):
+    """A command with runs of train_rl.py. seeds: how many by default."""
+    curves = ()                          # the ones that the JSON file has, of others it has means
 
-    def __init__(self, name, text, argv, seeds=3, add=None, rest=False):
-        p = Parser(prog=f"experiments.{name}", description=text.split("\n\n")[0],
-                   allow_abbrev=False)
-        p.add_argument("--seeds", type=ranged(int, 1, 100), default=seeds,
-                       help=f"0 to N-1, none left out (default {seeds})")
-        p.add_argument("--quick", action="store_true",
-                       help="2 minutes or less, to see that it works; its numbers mean nothing")
-        p.add_argument("--preset", choices=("cpu", "gpu"),
-                       default="gpu" if torch.cuda.is_available() else "cpu")
-        p.add_argument("--workers", type=ranged(int, 1, 64), default=0,
-                       help="runs at a time (default: one a core, 4 on a GPU)")
-        p.add_argument("--out", default="", help="folder for JSON, PNG and runs (default: results; "
-                       "with --quick out/lab/NAME-quick)")
-        p.add_argument("--redraw", action="store_true", help="the picture, from the JSON file")
-        if add:
+    def __init__(self, name, text, argv, seeds=3, add=lambda parser: None):
+        def more(p):
+            p.add_argument("--seeds", type=ranged(int, 1, 100), default=seeds,
+                           help=f"0 to N-1, none left out (default {seeds})")
+            p.add_argument("--preset", choices=("cpu", "gpu"),
+                           default="gpu" if torch.cuda.is_available() else "cpu")
             add(p)
-        a, self.rest = p.parse_known_args(argv) if rest else (p.parse_args(argv), [])
-        self.name, self.args, self.quick, self.gpu = name, a, a.quick, a.preset == "gpu"
-        self.seeds, self.begin = 1 if a.quick else a.seeds, time.time()
-        self.workers = a.workers or (4 if self.gpu else os.cpu_count() or 1)
-        runs = ROOT / "out" / "lab" / (f"{name}-quick" if a.quick else name)
-        self.folder = pathlib.Path(a.out) / "runs" if a.out else runs
-        self.out = pathlib.Path(a.out) if a.out else runs if a.quick else ROOT / "results"
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.command = [f"python -m experiments.{name}", *(sys.argv[1:] if argv is None else argv)]
+        super().__init__(name, text, argv, more)
+        self.seeds, self.gpu = 1 if self.quick else self.args.seeds, self.args.preset == "gpu"
+        self.workers = 4 if self.gpu else os.cpu_count() or 1
+
+    def file(self, name=""):
+        return super().file((name or self.name) + " gpu" * self.gpu)
 
     def pick(self, cpu, quick, gpu):
         """The size that was asked for."""
@@ -325,50 +269,13 @@ class Lab:
         self.folder.mkdir(parents=True, exist_ok=True)
         return sweep(jobs, self.folder, self.workers)
 
-    def present(self, make, draw=None, name="", curves=()):
-        """make() -> (result, records), kept in NAME.json; draw(plt, result, records) -> a figure,
-        kept in NAME.png. It is given what the file says, so that --redraw draws the same. Of the
-        runs' curves the file has these, of others the means."""
-        path = self.out / f"{slug(name or self.name)}{'-gpu' if self.gpu else ''}.json"
-        if not self.args.redraw:
-            self.save(path, *make(), curves)
-        elif not path.exists():
-            raise InputError(f"{path} is not there: run the command without --redraw first")
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        if draw:
-            picture(path.with_suffix(".png"), draw, saved["result"], saved["runs"])
-        return saved["result"]
-
-    def save(self, path, result, records, curves):
-        """The result, a line a run, and what is needed to get them again."""
+    def save(self, path, result, records, **about):
+        """A record's command says in what it differs from the common settings."""
         configs = [r["config"] for r in records if r.get("config")] or [{}]
         common = {k: v for k, v in configs[0].items() if all(c.get(k) == v for c in configs)}
-        spent = round(time.time() - self.begin)              # without what was run before, ...
-        walls = round(sum(r.get("wall", 0) for r in records))                # ... and with it
-        about = dict(command=" ".join(self.command), **machine(), workers=self.workers,
-                     seconds=spent, run_seconds=walls, config=common)
-        about, result, *runs = (json.dumps(x, allow_nan=False) for x in (
-            about, tidy(result), *(tidy(shorter(r, curves)) for r in records)))
-        runs = ",\n".join(runs)
-        path.write_text(f'{about[:-1]},\n"result": {result},\n"runs": [\n{runs}]}}\n',
-                        encoding="utf-8")
-        print(path)
-
-
-def picture(path, draw, *what):
-    """draw(plt, *what) -> a figure, kept as PNG with a palette: a third of the size."""
-    try:
-        import matplotlib
-        from PIL import Image  # comes with matplotlib
-    except ImportError:
-        return print("no picture: matplotlib is not installed (pip install -e '.[plot]')")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    plt.rcParams.update({"figure.constrained_layout.use": True, "legend.fontsize": 7})
-    draw(plt, *what).savefig(path, dpi=100)
-    few = Image.open(path).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
-    few.save(path, optimize=True)
-    print(path)
+        walls = round(sum(r.get("wall", 0) for r in records))       # with what was run before
+        super().save(path, result, [shorter(r, self.curves) for r in records], **about,
+                     workers=self.workers, run_seconds=walls, config=common)
 
 
 def shorter(r, curves):
@@ -379,12 +286,3 @@ def shorter(r, curves):
         out["means"] = {k: middle([r], k) for k in r["curves"] if k not in curves}
         out["curves"] = {k: c for k, c in r["curves"].items() if k in curves}
     return out
-
-
-def machine():
-    """Versions and hardware, for the files in results/."""
-    about, cpu = provenance(Config(), pick_device()), pathlib.Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", cpu.read_text(encoding="utf-8")) if cpu.exists() else []
-    versions = {k: about[k] for k in ("torch", "numpy", "python", "git", "git_dirty", "device")}
-    return dict(date=datetime.date.today().isoformat(), sources=sources(), **versions,
-                machine=f"{os.cpu_count()} cores, {[*names, platform.machine()][0]}")

@@ -12,7 +12,7 @@ with batches of 256 times as many tokens.
 import numpy as np
 import torch
 
-from experiments.anatomy import one_step
+from experiments.anatomy import landing, one_step
 from experiments.grid import grid, panel
 from experiments.lab import Lab, spread
 from precision import parse_format
@@ -24,19 +24,10 @@ SCALED = {f"{fmt}, scale 2^{k}": f"--precision {fmt} --init-scale {2 ** k}"
           for fmt, scales in (("fp16", (0, 4, 8, 16)), ("e4m10", (0, 10))) for k in scales}
 
 
-def exponents(cfg, env, model):
-    """Counts of floor(log2 |x|) from LOW on, over the gradients of all activations of one update;
-    the first place counts zeros."""
-    x = one_step(model, env, cfg, cfg.seed)["backward"]
-    e = torch.where(x == 0, LOW - 1.0, x.log2().floor().clamp(LOW, HIGH - 1)).long() - LOW + 1
-    return torch.bincount(e, minlength=HIGH - LOW + 1).cpu().numpy()
-
-
-def lost(counts, scale, fmt):
-    """Share of the nonzero gradients, times 2^scale, that the format rounds to zero: below half its
-    smallest subnormal number."""
-    edge = int(np.log2(fmt.smallest)) - 1 - scale
-    return float(counts[1:][np.arange(LOW, HIGH) < edge].sum() / counts[1:].sum())
+def exponents(x):
+    """How many of x are 0, then how many there are of each floor(log2 x) from LOW on."""
+    e = x[x > 0].log2().floor().clamp(LOW, HIGH - 1).long() - LOW
+    return [int((x == 0).sum()), *torch.bincount(e, minlength=HIGH - LOW).tolist()]
 
 
 def draw(plt, result, records):
@@ -62,15 +53,17 @@ def main(argv=None):
     lab = Lab("loss_scale", __doc__, argv)
 
     def told(records, summary):
-        counts = [exponents(*lab.base(seed)) for seed in range(lab.seeds)]
-        share = {f: {k: spread([lost(c, k, parse_format(f)) for c in counts])
+        bases = [lab.base(seed) for seed in range(lab.seeds)]
+        seen = [one_step(model, env, cfg, cfg.seed)["backward"] for cfg, env, model in bases]
+        counts, nonzero = [exponents(x) for x in seen], [x[x > 0] for x in seen]
+        share = {f: {k: spread([landing(x * 2.0 ** k, parse_format(f))["lost"] for x in nonzero])
                      for k in range(-24, 33, 4)} for f in ("fp16", "bf16")}
         zeros = np.sum(counts, 0)[0] / np.sum(counts)
         print(f"\n{np.sum(counts)} gradients of activations, {zeros:.1%} of them zero in FP32")
         for k in (0, 16):
             print(f"scale 2^{k}: FP16 turns {share['fp16'][k]['mean']:.2%} of the others to zero, "
                   f"BF16 {share['bf16'][k]['mean']:.2%}")
-        return dict(lost_by_scale=share["fp16"], exponents=[c.tolist() for c in counts], lowest=LOW)
+        return dict(lost_by_scale=share["fp16"], exponents=counts, lowest=LOW)
     grid(lab, {**SCALED, TF32: "--precision tf32"}, also=told, draw=draw,
          compare=[*((row, TF32) for row in SCALED), ("e4m10, scale 2^0", "e4m10, scale 2^10")])
 

@@ -17,8 +17,8 @@ import torch
 
 from data import draw_problems, stream
 from data.tokenizer import STOP, encode
-from experiments.grid import band, heat
-from experiments.lab import Lab, over_seeds, parts, show
+from experiments.command import band, heat, show
+from experiments.lab import Lab, over_seeds, parts
 from model import GPT, GPTConfig
 from operators import numerics
 from operators.device import pick_device

@@ -10,7 +10,6 @@ Qwen2.5 as it is.) A format of three exponent bits, and a learning rate that blo
 do it in other ways. The program must not go on silently: it stops and names the layer.
 """
 import dataclasses
-import shutil
 
 import torch
 
@@ -47,8 +46,6 @@ def grown(lab, seed, k):
                 p *= 2.0 ** k
     save_checkpoint(cache / path.parent.name / path.name, model,
                     config=dataclasses.asdict(model.cfg))
-    for library in path.parent.parent.glob("*.s*"):                    # need not be compiled again
-        shutil.copy(library, cache)
     num, largest = numerics("fp32", device), []
     num.spy = lambda kind, where, x, raw: largest.append(float(x.abs().max()))
     prompt = encode(draw_problems(env.task, 1, stream(0))[0].prompt)
@@ -75,8 +72,7 @@ def main(argv=None):
             print(f"residual stream x 2^{k}: largest activation of a prompt {x:.3g}, of "
                   f"{parse_format('fp16').max:.0f}")
         return dict(largest_activation=largest, messages=messages)
-    grid(lab, CASES, flags="--steps 60", change=grow, also=told, curves=("loss_scale", "accuracy"),
-         across=2)
+    grid(lab, CASES, flags="--steps 60", change=grow, also=told, curves=("loss_scale", "accuracy"))
 
 
 if __name__ == "__main__":

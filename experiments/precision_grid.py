@@ -18,7 +18,7 @@ PAIRS = [f"{rollout}/{train}" for rollout in FORMATS for train in FORMATS]
 
 def main(argv=None):
     grid(Lab("precision_grid", __doc__, argv), modes=PAIRS, flags="--old-policy recomputed",
-         compare=[(p, "fp16/fp16") for p in PAIRS if p != "fp16/fp16"], across=len(FORMATS),
+         compare=[(p, "fp16/fp16") for p in PAIRS if p != "fp16/fp16"],
          panels={f"rollout {p.replace('/', ', train ')}": [p] for p in PAIRS})
 
 

@@ -1,8 +1,10 @@
 """What the program takes for granted of torch's kernels, asked on the device itself. A part of
 experiments.gpu; it needs torch alone."""
+import time
 from dataclasses import replace
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend
@@ -76,3 +78,35 @@ def products(num):
     wanted = {k: x.double() @ y.double() for k, (x, y) in cases.items()}
     return {k: float((mm32(*cases[k]).double() - want).norm() / want.norm())
             for k, want in wanted.items()}
+
+
+def timed(stages, turn, device):
+    """The clock: seconds of each stage, a function of the turn's number."""
+    marks = []
+    for stage in (None, *stages):
+        if stage:
+            stage(turn)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        marks.append(time.perf_counter())
+    return np.diff(marks)
+
+
+def gemm_peak(device, dtype=None):
+    """FLOP/s of this machine's own matrix product, FP32 on a CPU, else FP16 if nothing is said: the
+    best of a few sizes, each the median of 3."""
+    best, cpu = 0.0, device.type == "cpu"
+    dtype = dtype or (torch.float32 if cpu else torch.float16)
+    for m, k, n in ([(1024, 1024, 1024), (2048, 1024, 1024), (4096, 512, 512)] if cpu else
+                    [(8192, 8192, 8192), (16384, 4096, 4096)]):
+        a, b = (torch.randn(*size, device=device, dtype=dtype) for size in ((m, k), (k, n)))
+        times = timed([lambda _: a @ b] * 4, 0, device)[1:]                         # noqa: B023
+        best = max(best, 2 * m * k * n / float(np.median(times)))
+    return best
+
+
+def bandwidth(device, numbers=1 << 28):
+    """Bytes/s of a copy within the device's memory, reads and writes counted."""
+    a = torch.randn(numbers, device=device)
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / float(np.median(timed([lambda _: b.copy_(a)] * 6, 0, device)[1:]))

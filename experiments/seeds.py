@@ -1,17 +1,17 @@
 """The default job over many seeds: how often does it PASS, how long does it take?
 
-    python -m experiments.seeds                  # seeds 0 to 9, cold: each makes its own base model
-    python -m experiments.seeds --seeds 3 --precision bf16
+    python -m experiments.seeds
 
-Every flag that is not the runner's goes to train_rl.py. One run at a time, with all cores, in an
-empty cache of its own. Writes results/seeds-FLAGS.json and .png.
+Seeds 0 to 9, one run at a time, with all cores, in an empty cache of its own: each makes its own
+base model. Writes results/seeds-default.json and .png.
 """
 import dataclasses
 import os
 import tempfile
 
+from experiments.command import show
 from experiments.grid import grid
-from experiments.lab import SCALARS, Lab, show
+from experiments.lab import SCALARS, Lab
 from run.console import run_main
 
 
@@ -24,14 +24,14 @@ def told(records, summary):
 
 
 def main(argv=None):
-    lab = Lab("seeds", __doc__, argv, seeds=10, rest=True)
-    lab.workers, name = 1, f"seeds {' '.join(lab.rest) or 'default'}"
+    lab, name = Lab("seeds", __doc__, argv, seeds=10), "seeds default"
+    lab.workers = 1
     with tempfile.TemporaryDirectory() as cold:
         def alone(job):
             cache = ("TENBIT_CACHE", f"{cold}/{job.seed}")
             return dataclasses.replace(job, threads=os.cpu_count() or 1, env=(cache,))
-        grid(lab, {name: ""}, job=lab.rest, change=alone, also=told, name=name,
-             curves=("accuracy", "kl_k3"), across=2)
+        grid(lab, {name: ""}, job=(), change=alone, also=told, name=name,
+             curves=("accuracy", "kl_k3"))
 
 
 if __name__ == "__main__":

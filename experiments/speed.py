@@ -7,42 +7,41 @@
 All contenders get the same weights (checked: their logits agree), prompts, number of new tokens and
 seeds, and none stops early. They take turns A B C A B C in one process, so that a slow minute hits
 all of them. Figures are medians, ratios the median of the ratios turn by turn. The machine's own
-limits are measured between the turns: the matrix product's FLOP/s, and on a GPU the memory's
-bytes/s. What needs a package that is not here, or a GPU, is left out and named. The last line is
-one JSON object; results/ gets it with --out.
+matrix product is measured between the turns. What needs a package that is not here, or a GPU, is
+left out and named. The last line is one JSON object.
 """
-import argparse
 import gc
 import json
+import multiprocessing
 import os
 import pathlib
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
-from dataclasses import replace
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import torch
 
-from experiments.bench import STAGES, Size, Work, race, timed
-from experiments.lab import machine, picture, show
+from experiments.bench import STAGES, Size, Work, race
+from experiments.command import Command, show
+from experiments.probe import TOY, timed
 from hf import weights
 from model import GPT, GPTConfig
 from operators import numerics, why_plain
 from operators.device import pick_device
-from run.console import Parser, ranged, run_main
+from run.console import run_main
 from run.memory import peak_memory
 
 PARTS = "rollout", "step", "modes", "scaling", "memory"
 MODES = ("fp32", "bf16", "fp16", "fp32 exact", "bf16 exact", "fp16 exact", "fp16 --no-fast",
          "fp16 exact --no-fast")
+PEERS = dict(transformers="generate", trl="TRL")
 QUIET = dict(TRL_EXPERIMENTAL_SILENCE="1", HF_HUB_DISABLE_PROGRESS_BARS="1",
              TRANSFORMERS_VERBOSITY="error", HF_HUB_OFFLINE="1")                  # no download
 
 
-def sizes(gpu):
+def sizes(gpu, quick=False):
     """The default model; 25 M; GPT-2's shape; Qwen2.5-0.5B's shape. A CPU gets fewer rows of the
     large ones, to finish."""
     default = GPTConfig(vocab_size=258, context=64)
@@ -52,6 +51,8 @@ def sizes(gpu):
                      mlp_width=2048, context=512, tied_head=True)
     qwen = GPTConfig(vocab_size=151936, n_layers=24, width=896, n_heads=14, n_kv_heads=2,
                      mlp_width=4864, context=512, rope_theta=1e6, qkv_bias=True, tied_head=True)
+    if quick:
+        return {name: Size(TOY, 2, 8, 9, 8, step=s.step) for name, s in sizes(gpu).items()}
     if gpu:
         return {"0.9M": Size(default, 32, 8, 33, 256), "25M": Size(m25, 64, 32, 200, 256),
                 "124M": Size(gpt2, 32, 64, 256, 64), "0.5B": Size(qwen, 32, 64, 256, 32)}
@@ -144,95 +145,33 @@ def trl_steps(peer, work, turns):
     return np.array(theirs[1:]), np.array(ours[1:])
 
 
-def bandwidth(device, numbers=1 << 28):
-    """Bytes/s of a copy within the device's memory, reads and writes counted."""
-    a = torch.randn(numbers, device=device)
-    b = torch.empty_like(a)
-    return 2 * a.nbytes / float(np.median(timed([lambda _: b.copy_(a)] * 6, 0, device)[1:]))
-
-
-def decode_bytes(work):
-    """Bytes that decoding must read: all weights and the filled KV cache, once a step."""
-    s, m = work.size, work.model
-    slots = s.rows * (s.prompt + s.new / 2) * 2 * m.cfg.n_layers * m.cfg.n_kv_heads * m.cfg.head_dim
-    matrices = sum(p.numel() for p in [*m.blocks.parameters(), m.head] if p.dim() == 2)
-    return (s.new - 1) * (matrices + slots) * work.num.dtype.itemsize
-
-
-def decoder(model, size, rows=0):
-    """The rollout alone, in FP16, of as many rows (0: the size's own)."""
-    rows = rows or size.rows
-    some = replace(size, prompts=-(-rows // size.group), group=min(size.group, rows))
-    work = Work(model, some, "fp16")
-    work.stages = work.stages[:1]
-    return work
-
-
-def decoding(model, size, rows, turns, device, copied):
-    """Tokens/s of so many rows, and the share of the bandwidth `copied` that reading what must be
-    read takes."""
-    work = decoder(model, size, rows)
-    r = race({"": work}, turns, device)[0][""]
-    return {f"{rows} rows: tokens/s": r["rollout_tokens_per_s"],
-            f"{rows} rows: share of bandwidth": decode_bytes(work) / r["rollout_s"] / copied}
-
-
-def learning(model, size, mode, turns, device):
-    """Whole steps in FP16 and in another mode, "bf16" or "exact"; forward and backward's share of
-    the matrix peak."""
-    work = {"fp16": Work(model, size, "fp16"),
-            mode: Work(model, size, "bf16" if mode == "bf16" else "fp16", exact=mode == "exact")}
-    rows, peak = race(work, turns, device)
-    out = {f"{mode}: step over fp16's": rows[mode]["step_ratio"]}
-    for name, r in rows.items():
-        rollout, whole = work[name].flops()
-        out |= {f"{name}: step, s": r["step_s"],
-                f"{name}: share of matrix peak": (whole - rollout) / r["gradient_s"] / peak}
-    return out
-
-
-def compare(name, size, device, turns, only, missing):
-    """This program and its peers on one size -> a dict of figures."""
-    model, gpu, peer = GPT(size.gpt, device, seed=0), device.type == "cuda", None
-    formats = ("fp16", "bf16", "fp32") if gpu else ("fp32", "fp16")
-    own = {f"tenbit {f}": Work(model, size, f) for f in formats}
-    steps = "step" in only and size.step
-    if steps:
-        own["tenbit fp16, --no-fast"] = Work(model, size, "fp16", fast=False)
-    if not size.step:
-        missing.add(f"{name}: no whole step, weights, gradients and AdamW of two models at once "
-                    "take too much memory")
-    for work in own.values():
-        work.stages = work.stages if steps else work.stages[:1]
+def compare(name, size, device, turns, only, peers):
+    """This program and its peers on one size -> a dict of figures. peers: package -> its version,
+    None if it is not installed."""
+    model, gpu = GPT(size.gpt, device, seed=0), device.type == "cuda"
     report = dict(params=model.n_params(), rows=size.rows, prompt=size.prompt, new=size.new)
-    peers = {}
-    try:
+    steps = "step" in only and size.step
+    all_of_it = {f"tenbit {f}": Work(model, size, f, steps)
+                 for f in ("fp32", "fp16", *["bf16"] * gpu)}
+    if steps:
+        all_of_it["tenbit fp16, --no-fast"] = Work(model, size, "fp16 --no-fast")
+    if peers["transformers"]:
         peer = to_transformers(model)
-        model.use(own["tenbit fp32"].num)
+        model.use(all_of_it["tenbit fp32"].num)
         report["logits_differ"] = agrees(model, peer)
         assert report["logits_differ"] < 1e-3, f"not the same model: {report['logits_differ']:.1e}"
         if "rollout" in only:
             peer = peer.half() if gpu else peer
-            peers = {f"generate, {cache or 'dynamic'} cache": Generate(peer, size, cache)
-                     for cache in (None, "static")}
-    except ImportError:
-        missing.add("transformers is not installed: no rows of generate")
-    rows, report["gemm_peak"] = race(own | peers, turns, device)
-    if gpu:
-        report["bandwidth"] = bandwidth(device)
-        for n, work in own.items():
-            rows[n]["rollout_read_share"] = (decode_bytes(work) / rows[n]["rollout_s"]
-                                             / report["bandwidth"])
+            all_of_it |= {f"generate, {cache or 'dynamic'} cache": Generate(peer, size, cache)
+                          for cache in (None, "static")}
+    rows, report["gemm_peak"] = race(all_of_it, turns, device)
     show(rows, f"{name}, {size.rows} answers of {size.new} tokens")
-    if peer is not None and steps:
-        try:
-            theirs, ours = trl_steps(peer.float(), own["tenbit fp16"], turns)
-            rows["TRL GRPOTrainer"] = dict(step_s=float(np.median(theirs)))
-            report["trl_over_fp16"] = float(np.median(theirs / ours))
-            print(f"a step of TRL takes {np.median(theirs):.3g} s, tenbit's in fp16 between these "
-                  f"{np.median(ours):.3g} s, {report['trl_over_fp16']:.2f} times as fast")
-        except ImportError as e:
-            missing.add(f"{e.name} is not installed: no rows of TRL")
+    if steps and all(peers.values()):
+        theirs, ours = trl_steps(peer.float(), all_of_it["tenbit fp16"], turns)
+        rows["TRL GRPOTrainer"] = dict(step_s=float(np.median(theirs)))
+        report["trl_over_fp16"] = float(np.median(theirs / ours))
+        print(f"a step of TRL takes {np.median(theirs):.3g} s, tenbit's in fp16 between these "
+              f"{np.median(ours):.3g} s, {report['trl_over_fp16']:.2f} times as fast")
     return dict(report, contenders=rows, peak_memory_mib=peak_memory(device))
 
 
@@ -240,40 +179,35 @@ def compare(name, size, device, turns, only, missing):
 # Modes, scaling, memory
 
 
-def in_mode(size, device, mode):
-    fmt, *words = mode.split()
-    model = GPT(size.gpt, device, seed=0)
-    return Work(model, size, fmt, "--no-fast" not in words, "exact" in words)
+def alone(work, *args):
+    """work(*args) in a process of its own, whose memory nothing else fills."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *args).result()
 
 
 def modes(name, size, device, turns):
     """Whole GRPO steps in each mode, and the peak memory of a process that does two of them."""
-    rows, _ = race({mode: in_mode(size, device, mode) for mode in MODES}, turns, device)
+    model = GPT(size.gpt, device, seed=0)
+    rows, _ = race({mode: Work(model, size, mode) for mode in MODES}, turns, device)
     for mode, r in rows.items():
         ordinary = rows[mode.replace(" exact", "")]
-        r["peak_mib"] = probe(mode, device, name)["peak_mib"]
+        r["peak_mib"] = alone(peak_of_steps, size, mode)
         r["step_over_ordinary"] = r["step_ratio"] / ordinary["step_ratio"]
         r["memory_over_ordinary"] = r["peak_mib"] / ordinary["peak_mib"]
     show(rows, f"{name}, {size.rows} answers of {size.new} tokens")
     return rows
 
 
-def probe(what, device, name="0.9M"):
-    """What `probed` says in a process of its own, whose memory nothing else fills."""
-    command = [sys.executable, "-m", "experiments.speed", "--probe", what, "--sizes", name,
-               "--device", str(device)]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def peak_of_steps(size, mode):
+    device = pick_device()
+    timed(Work(GPT(size.gpt, device), size, mode).stages * 2, 0, device)
+    return peak_memory(device)
 
 
-def probed(what, size, device):
-    """Two steps in a mode; or log-probs of 32,768 tokens over a vocabulary of 151,936, forward and
-    backward: how far memory rises above what was there before (weights, hidden states)."""
-    if what in MODES:
-        work = in_mode(size, device, what)
-        timed(work.stages * 2, 0, device)
-        return dict(peak_mib=peak_memory(device))
-    V, N, C = 151936, 32768, 128
+def logprob_memory(V=151936, N=32768, C=128):
+    """Log-probs of N tokens over a vocabulary of V, forward and backward: how far memory rises
+    above what was there before (weights, hidden states)."""
+    device = pick_device()
     w = torch.nn.Parameter(torch.randn(V, C, device=device) * 0.02)
     num = numerics("fp16", device).hold([w])
     h = num.round(torch.randn(N, C, device=device)).requires_grad_()
@@ -281,10 +215,10 @@ def probed(what, size, device):
     num.token_logprobs(h[:2], w, targets[:2])[0].sum().backward()      # weights packed
     h.grad = w.grad = None
     gc.collect()
-    if device.type == "cuda":
+    if device.type == "cuda":                                  # the peak is what is held now
         torch.cuda.reset_peak_memory_stats()
     else:
-        pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")       # the peak is what is held now
+        pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     before = peak_memory(device)
     spent = timed([lambda _: num.token_logprobs(h, w, targets)[0].sum().backward()], 0, device)
     return dict(tokens=N, vocabulary=V, width=C, seconds=float(spent[0]),
@@ -292,13 +226,13 @@ def probed(what, size, device):
                 gradients_mib=(w.grad.nbytes + h.grad.nbytes) / 2 ** 20)
 
 
-def scaling(device, turns):
+def scaling(device, turns, points=(64, 128, 256, 512, 1024)):
     """The default model, FP16: 64 to 1,024 rows of 64 tokens, and 64 rows of 64 to 1,024 tokens.
 
     Rule: cost per token does not rise with rows, and with length by no more than attention's own
     term. A step's microseconds per new token are fitted by a + b * (mean number of keys), a and b
     not negative, b = 0 for rows; `off`: the most by which one lies above the line, as a share."""
-    points, gpt, report = (64, 128, 256, 512, 1024), GPTConfig(vocab_size=258, context=1024), {}
+    gpt, report = GPTConfig(vocab_size=258, context=1024), {}
     for axis, cases in (("rows", [(n, 64) for n in points]), ("length", [(64, n) for n in points])):
         work = {}
         for rows, length in cases:
@@ -314,13 +248,13 @@ def scaling(device, turns):
         fit = dict(a=float(a), b=float(b), off=float((y / (a + b * keys) - 1).max()))
         show(found, f"a new token, by {axis}")
         print(fit)
-        report[axis] = dict(at=list(points), points=found, **fit)
+        report[axis] = dict(at=points, points=found, **fit)
     return report
 
 
-def draw_scaling(plt, report):
+def draw_scaling(plt, result, runs):
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-    for ax, (axis, r) in zip(axes, report.items()):
+    for ax, (axis, r) in zip(axes, result["scaling"].items()):
         for what in ("step", "gradient", "rollout"):
             ax.plot(r["at"], [p[f"{what}_us"] for p in r["points"].values()], "o-", label=what)
         ax.plot(r["at"], [r["a"] + r["b"] * n / 2 for n in r["at"]], "k--", label="a + b x keys")
@@ -332,56 +266,56 @@ def draw_scaling(plt, report):
     return fig
 
 
-def main(argv=None):
-    p = Parser(prog="python -m experiments.speed", description=__doc__.split("\n\n")[0],
-               allow_abbrev=False)
-    p.add_argument("--sizes", nargs="+", choices=tuple(sizes(False)), help="default: all")
-    p.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="default: all parts")
-    p.add_argument("--turns", type=ranged(int, 1, 100), default=5, help="counted turns")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    p.add_argument("--out", default="", help="folder for speed-DEVICE.json (with --only: "
-                   "speed-PARTS-DEVICE.json) and the figure")
-    p.add_argument("--probe", choices=(*MODES, "logprobs"), help=argparse.SUPPRESS)
-    a = p.parse_args(argv)
-    device, missing = pick_device(a.device), set()
-    table = sizes(device.type == "cuda")
-    if a.probe:
-        return print(json.dumps(probed(a.probe, table[a.sizes[0]], device)))
+def installed(package):
+    """Its version, or None."""
+    try:
+        return __import__(package).__version__
+    except ImportError:
+        return None
+
+
+def measure(only, names, device, quick):
+    """All parts that are asked for -> their figures. names: of sizes, if not the usual ones."""
     os.environ |= QUIET
+    table, turns = sizes(device.type == "cuda", quick), 1 if quick else 5
+    peers = {package: installed(package) for package in PEERS}
+    missing = [f"{p} is not installed: no rows of {PEERS[p]}" for p in peers if not peers[p]]
+    report = dict(turns=turns, threads=torch.get_num_threads(), **peers)
     if device.type == "cpu":
-        missing.add("no GPU: no rows of CUDA")
+        missing.append("no GPU: no rows of CUDA")
         if why_plain(device):
-            missing.add(f"no compiled operators: {why_plain(device)}")
-    report = dict(command=" ".join(["python -m experiments.speed", *(argv or sys.argv[1:])]),
-                  **machine(), turns=a.turns, threads=torch.get_num_threads())
-    for package in ("transformers", "trl"):
-        try:
-            report[package] = __import__(package).__version__
-        except ImportError:
-            report[package] = None
-    if {"rollout", "step"} & set(a.only):
-        for name in a.sizes or table:
-            report[name] = compare(name, table[name], device, a.turns, a.only, missing)
+            missing.append(f"no compiled operators: {why_plain(device)}")
+    if {"rollout", "step"} & set(only):
+        for name in names or table:
+            report[name] = compare(name, table[name], device, turns, only, peers)
             gc.collect()
-    if "modes" in a.only:
-        report["modes"] = {n: modes(n, table[n], device, a.turns)
-                           for n in a.sizes or ["0.9M"] if table[n].step}
-    if "scaling" in a.only:
-        report["scaling"] = scaling(device, a.turns)
-    if "memory" in a.only:
-        report["logprob_memory"] = probe("logprobs", device)
+            if not table[name].step:
+                missing.append(f"{name}: no whole step, weights, gradients and AdamW of two models "
+                               "at once take too much memory")
+    if "modes" in only:
+        report["modes"] = {n: modes(n, table[n], device, turns)
+                           for n in names or ["0.9M"] if table[n].step}
+    if "scaling" in only:
+        report["scaling"] = scaling(device, turns, *[(32, 64)] * quick)
+    if "memory" in only:
+        report["logprob_memory"] = alone(logprob_memory, *(999, 256) * quick)
         show({"log-probs, forward and backward": report["logprob_memory"]})
-    report["left_out"] = sorted(missing)
-    for text in report["left_out"]:
+    report["left_out"] = missing
+    for text in missing:
         print(f"left out: {text}")
-    if a.out:
-        only = [] if set(a.only) == set(PARTS) else a.only
-        path = pathlib.Path(a.out, "-".join(["speed", *only, device.type]) + ".json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1), encoding="utf-8")
-        if "scaling" in report:
-            picture(path.with_name(f"speed-scaling-{device.type}.png"), draw_scaling,
-                    report["scaling"])
+    return report, []
+
+
+def main(argv=None):
+    def add(p):
+        p.add_argument("--sizes", nargs="+", choices=tuple(sizes(False)), help="default: all")
+        p.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="default: all parts")
+    command, device = Command("speed", __doc__, argv, add), pick_device()
+    only = command.args.only
+    some = [] if set(only) == set(PARTS) else only
+    report = command.present(
+        lambda: measure(only, command.args.sizes, device, command.quick),
+        draw_scaling if "scaling" in only else None, " ".join(["speed", *some, device.type]))
     print(json.dumps(report))
 
 

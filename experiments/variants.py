@@ -25,7 +25,7 @@ MODES = "fp16", "bf16", "fp32/bf16", "fp32/e8m2"
 def main(argv=None):
     grid(Lab("variants", __doc__, argv), VARIANTS, MODES, "--old-policy recomputed --steps 80",
          compare=[*(("fp16", m) for m in MODES[1:]), ("8 experts, replayed", "8 experts")],
-         curves=("accuracy", "kl_k3"), across=len(VARIANTS))
+         curves=("accuracy", "kl_k3"))
 
 
 if __name__ == "__main__":

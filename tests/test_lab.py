@@ -5,8 +5,9 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
-from experiments import bias_variance, dial, grid, lab, loss_scale
+from experiments import anatomy, bias_variance, command, dial, grid, lab, loss_scale
 from precision import InputError, parse_format
 
 JOB = ("--digits 1 --noise 0.3 --n-layers 1 --width 32 --base-steps 30 --base-batch 32 --base-lr 4e-3 --pool 40 "
@@ -57,7 +58,7 @@ def test_a_summary_counts_what_broke_off():
 
 
 def test_numbers_that_are_not_finite_are_kept_apart():
-    assert lab.tidy(1.23456789e-7) == 1.2346e-7 and lab.tidy(dict(a=[math.nan, 2, "x"], b=math.inf)) == dict(
+    assert command.tidy(1.23456789e-7) == 1.2346e-7 and command.tidy(dict(a=[math.nan, 2, "x"], b=math.inf)) == dict(
         a=[None, 2, "x"], b=None)
     r = record(accuracy=[0.5, 0.6])
     r["curves"]["kl_k3"] = [1.0, None]
@@ -71,21 +72,18 @@ def test_slopes_of_the_dial():
 
 
 def test_what_a_format_loses():
-    """FP16 keeps what rounds to 2^-24 at least: half of it, 2^-25, is the edge."""
-    counts = np.zeros(loss_scale.HIGH - loss_scale.LOW + 1, dtype=np.int64)
-    counts[0] = 1000                                               # zeros are not counted
-    for e in (-30, -26, -25, -10):
-        counts[e - loss_scale.LOW + 1] = 1
-    fp16 = parse_format("fp16")
-    assert loss_scale.lost(counts, 0, fp16) == 0.5
-    assert loss_scale.lost(counts, 1, fp16) == 0.25 and loss_scale.lost(counts, 5, fp16) == 0
-    assert loss_scale.lost(counts, 0, parse_format("bf16")) == 0
+    """FP16 keeps what rounds to 2^-24 at least: 2^-25, half of it, is rounded to even, to 0."""
+    x, fp16 = 1.5 * 2.0 ** torch.tensor([-30, -26, -25, -10]), parse_format("fp16")
+    assert [anatomy.landing(x * 2 ** k, fp16)["lost"] for k in (0, 1, 5)] == [0.5, 0.25, 0]
+    assert anatomy.landing(x / 1.5, fp16)["lost"] == 0.75 == ((x / 1.5).half() == 0).float().mean()
+    assert anatomy.landing(x, parse_format("bf16"))["lost"] == 0
+    counts = loss_scale.exponents(torch.cat([torch.zeros(3), x, x]))
+    assert counts[0] == 3 and sum(counts) == 11 and counts[1 - 30 - loss_scale.LOW] == 2
 
 
 def test_moments_of_gradients():
     """The squared bias is estimated without the noise's own square: over many batches of pure noise it is 0, of noise
     and an offset, the offset's."""
-    import torch
     g = torch.Generator().manual_seed(0)
     noise, offset = bias_variance.Moments(), bias_variance.Moments()
     for _ in range(2000):
@@ -134,13 +132,13 @@ def test_a_grid_is_every_row_in_every_mode(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(lab, "run", run)
     monkeypatch.setattr(lab, "find_base", lambda cfg, device: (None, "base", None))
 
-    def command(*flags):
+    def mine(*flags):
         ran.clear()
         one = lab.Lab("mine", "Mine.", [*flags, "--out", str(tmp_path), "--preset", "cpu"], seeds=2,
                       add=grid.other_modes)
         grid.grid(one, {"GRPO": "--lr 1e-5", "GSPO": "--algo gspo"}, one.args.modes or ("fp16", "bf16/fp32"),
                   "--lr 1e-6", compare=[("GSPO", "GRPO"), ("fp16", "bf16/fp32")])
-    command()
+    mine()
     assert [(j.name, j.seed) for j in ran] == [(f"{r}: {m}", s) for s in (0, 1) for r in ("GRPO", "GSPO")
                                                for m in ("fp16", "bf16/fp32")]
     flags = " ".join(ran[1].flags)
@@ -151,13 +149,13 @@ def test_a_grid_is_every_row_in_every_mode(monkeypatch, tmp_path, capsys):
         "GSPO: fp16 - GRPO: fp16": 0.1, "GSPO: bf16/fp32 - GRPO: bf16/fp32": 0.1,
         "GRPO: fp16 - GRPO: bf16/fp32": 0, "GSPO: fp16 - GSPO: bf16/fp32": 0}
     assert (tmp_path / "mine.png").exists() and "0 of 2" in capsys.readouterr().out
-    command("--quick")
+    mine("--quick")
     assert [j.name for j in ran] == ["GRPO: fp16", "GSPO: bf16/fp32"]
     assert ran[0].flags[-len(lab.QUICK):] == tuple(lab.QUICK)
-    command("--modes", "e8m2")
+    mine("--modes", "e8m2")
     assert [j.name for j in ran] == ["GRPO: e8m2", "GSPO: e8m2"] * 2 and (tmp_path / "mine-e8m2.json").exists()
     with pytest.raises(InputError, match="mine-e8m3.json is not there"):
-        command("--modes", "e8m3", "--redraw")
+        mine("--modes", "e8m3", "--redraw")
     assert not ran
 
 
@@ -176,10 +174,10 @@ def test_a_band_of_runs_that_end_early():
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     ax = plt.subplots()[1]
-    y = grid.band(ax, [[1, 2, 3], [3, None], []], "C0", "x", first=5)
+    y = command.band(ax, [[1, 2, 3], [3, None], []], "C0", "x", first=5)
     line = ax.lines[0]
     assert line.get_xdata().tolist() == [5, 6, 7] and np.ma.filled(line.get_ydata(), -1).tolist() == [2, 2, 3]
-    assert y.count() == 4 and grid.band(ax, [[]], "C0", "nothing").count() == 0
+    assert y.count() == 4 and command.band(ax, [[]], "C0", "nothing").count() == 0
 
 
 @pytest.mark.parametrize("name", [

@@ -1,11 +1,12 @@
 """The speed benchmark compares like with like: the same model, as many tokens, and it says what it leaves out."""
 import json
+import sys
 
 import pytest
 import torch
 from conftest import VARIANTS, tiny
 
-from experiments import bench, speed
+from experiments import bench, probe, speed
 from experiments.bench import flops
 from model import GPT, GPTConfig
 
@@ -27,7 +28,7 @@ def test_taking_turns_and_ratios(monkeypatch):
     the turns' ratios, not the ratio of the medians."""
     order, now = [], [0.0]
     monkeypatch.setattr(bench, "gemm_peak", lambda device: order.append("gemm") or 1.0)
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(probe.time, "perf_counter", lambda: now[0])
     seconds = {"a": [99, 1, 3, 4], "b": [99, 2, 30, 4]}
 
     class Contender:
@@ -47,46 +48,44 @@ def test_taking_turns_and_ratios(monkeypatch):
 
 def test_the_clock_times_each_stage(monkeypatch):
     times = iter([0.0, 1.0, 3.0, 7.0])
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(probe.time, "perf_counter", lambda: next(times))
     turns = []
-    assert bench.timed([turns.append] * 3, 5, torch.device("cpu")).tolist() == [1, 2, 4]
+    assert probe.timed([turns.append] * 3, 5, torch.device("cpu")).tolist() == [1, 2, 4]
     assert turns == [5, 5, 5]
 
 
-def small(monkeypatch):
-    gpt = GPTConfig(vocab_size=258, n_layers=2, width=32, n_heads=2, n_kv_heads=1, mlp_width=48, context=32)
-    table = {"0.9M": speed.Size(gpt, 2, 4, 6, 8), "0.5B": speed.Size(gpt, 2, 4, 6, 8, step=False)}
-    monkeypatch.setattr(speed, "sizes", lambda gpu: table)
+@pytest.fixture
+def quick(monkeypatch, tmp_path, capsys):
+    """The command at toy sizes on a CPU -> what its file says."""
+    monkeypatch.setattr(speed, "pick_device", lambda: torch.device("cpu"))
+
+    def command(name, *flags):
+        speed.main(["--quick", "--out", str(tmp_path), *flags])
+        report = json.loads((tmp_path / f"{name}.json").read_text())["result"]
+        assert json.loads(capsys.readouterr().out.splitlines()[-1]) == report
+        return report
+    return command
 
 
-def test_one_json_line_with_every_row(monkeypatch, capsys, tmp_path):
+def test_every_row_is_there(quick):
     pytest.importorskip("trl")
-    small(monkeypatch)
-    speed.main(["--turns", "1", "--only", "rollout", "step", "--device", "cpu", "--out", str(tmp_path)])
-    printed = capsys.readouterr().out
-    report = json.loads(printed.splitlines()[-1])
-    assert json.loads((tmp_path / "speed-rollout-step-cpu.json").read_text()) == report
+    report = quick("speed-rollout-step-cpu", "--only", "rollout", "step", "--sizes", "0.9M", "0.5B")
     a, b = report["0.9M"], report["0.5B"]
     rows = a["contenders"]
     assert set(rows) == {"tenbit fp32", "tenbit fp16", "tenbit fp16, --no-fast", "generate, dynamic cache",
                          "generate, static cache", "TRL GRPOTrainer"}
     assert a["logits_differ"] < 1e-3 and a["trl_over_fp16"] > 0 and a["gemm_peak"] > 1e9
     fp16 = rows["tenbit fp16"]
-    assert fp16["rollout_tokens_per_s"] == pytest.approx(16 * 6 / fp16["rollout_s"])
+    assert fp16["rollout_tokens_per_s"] == pytest.approx(16 * 9 / fp16["rollout_s"], rel=1e-3)
     assert fp16["step_s"] > fp16["rollout_s"] and {"rewards_s", "gradient_s", "update_s"} < set(fp16)
     assert "step_s" not in rows["generate, static cache"] and rows["tenbit fp32"]["step_ratio"] == 1
-    assert "step_s" not in b["contenders"]["tenbit fp16"] and "left out: no GPU" in printed
-    assert any("no whole step" in x for x in report["left_out"])
+    assert "step_s" not in b["contenders"]["tenbit fp16"]
+    assert any("no whole step" in x for x in report["left_out"]) and "no GPU: no rows of CUDA" in report["left_out"]
 
 
-def test_missing_packages_are_named(monkeypatch, capsys):
-    small(monkeypatch)
-
-    def gone(*_):
-        raise ImportError("No module named 'transformers'", name="transformers")
-    monkeypatch.setattr(speed, "to_transformers", gone)
-    speed.main(["--turns", "1", "--only", "rollout", "step", "--sizes", "0.9M", "--device", "cpu"])
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+def test_missing_packages_are_named(monkeypatch, quick):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    report = quick("speed-rollout-step-cpu", "--only", "rollout", "step", "--sizes", "0.9M")
     assert "transformers is not installed: no rows of generate" in report["left_out"]
     assert set(report["0.9M"]["contenders"]) == {"tenbit fp32", "tenbit fp16", "tenbit fp16, --no-fast"}
     assert report["0.9M"]["contenders"]["tenbit fp16"]["step_s"] > 0
@@ -116,20 +115,18 @@ def test_work_is_counted_by_hand():
     assert own.flops() == (prefill + decode, prefill + decode + 3 * forward)
 
 
-def test_modes_are_what_they_say(monkeypatch, capsys, tmp_path):
+def test_modes_are_what_they_say(monkeypatch, quick):
     """Each mode has its operators, and every exact one is compared with its own ordinary twin."""
-    small(monkeypatch)
-    size, probes = speed.sizes(False)["0.9M"], []
+    size, alone = speed.sizes(False, True)["0.9M"], []
 
-    def probe(mode, *_):                                    # a process of its own would have the real sizes
-        probes.append(mode)
-        return dict(peak_mib=100.0 + 20 * ("exact" in mode))
-    monkeypatch.setattr(speed, "probe", probe)
-    speed.main(["--turns", "1", "--only", "modes", "--device", "cpu", "--out", str(tmp_path)])
-    report = json.loads((tmp_path / "speed-modes-cpu.json").read_text())["modes"]["0.9M"]
-    assert list(report) == list(speed.MODES) == probes
+    def in_a_process(work, size, mode):
+        alone.append(mode)
+        return 100.0 + 20 * ("exact" in mode)
+    monkeypatch.setattr(speed, "alone", in_a_process)
+    report = quick("speed-modes-cpu", "--only", "modes")["modes"]["0.9M"]
+    assert list(report) == list(speed.MODES) == alone
     for m, r in report.items():
-        num = speed.in_mode(size, torch.device("cpu"), m).num
+        num = speed.Work(GPT(size.gpt), size, m).num
         assert num.exact == ("exact" in m) and num.fmt.name == m[:4]
         assert (num.operators == "plain" or num.operators == "exact") or "--no-fast" not in m
         if "exact" not in m:
@@ -137,10 +134,13 @@ def test_modes_are_what_they_say(monkeypatch, capsys, tmp_path):
         assert r["memory_over_ordinary"] == (1.2 if "exact" in m else 1.0)
 
 
-def test_a_probe_prints_its_peak(monkeypatch, capsys):
-    small(monkeypatch)
-    speed.main(["--probe", "fp16 exact", "--sizes", "0.9M", "--device", "cpu"])
-    assert json.loads(capsys.readouterr().out)["peak_mib"] > 10
+def test_memory_is_that_of_a_process_of_its_own(quick):
+    held = torch.ones(1 << 27)                                       # half a GiB, in this process
+    size = speed.sizes(False, True)["0.9M"]
+    there = speed.alone(speed.peak_of_steps, size, "fp16 exact")
+    assert 10 < there < speed.peak_memory(held.device) - 256
+    report = quick("speed-memory-cpu", "--only", "memory")["logprob_memory"]
+    assert report["tokens"] == 256 and report["extra_mib"] >= 0
 
 
 def test_a_line_through_the_costs(monkeypatch, capsys, tmp_path):
@@ -153,8 +153,9 @@ def test_a_line_through_the_costs(monkeypatch, capsys, tmp_path):
             rows[name] = {f"{k}_s": 1e-6 * us * w.size.tokens for k in ("step", *speed.STAGES)}
         return rows, 1.0
     monkeypatch.setattr(speed, "race", race)
-    speed.main(["--only", "scaling", "--device", "cpu", "--out", str(tmp_path)])
-    report = json.loads((tmp_path / "speed-scaling-cpu.json").read_text())["scaling"]
+    monkeypatch.setattr(speed, "pick_device", lambda: torch.device("cpu"))
+    speed.main(["--only", "scaling", "--out", str(tmp_path)])
+    report = json.loads((tmp_path / "speed-scaling-cpu.json").read_text())["result"]["scaling"]
     assert report["rows"]["off"] == pytest.approx(0, abs=1e-9) and report["rows"]["a"] == pytest.approx(2.32)
     length = report["length"]
     assert length["a"] == pytest.approx(2, rel=0.1) and length["b"] == pytest.approx(0.01, rel=0.1)
