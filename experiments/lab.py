@@ -23,6 +23,7 @@ import torch
 from experiments.command import Command, short, slug, sources, tidy
 from operators.code import ROOT
 from operators.device import pick_device
+from report import page
 from run.base import find_base, get_base, load_task
 from run.checkpoint import replacing
 from run.console import ranged
@@ -69,9 +70,13 @@ def formats(mode):
     return ["--precision", training, "--rollout-precision", rollout, *["--exact"] * exact]
 
 
+def place(job, folder):
+    return folder / f"{slug(job.name)}-seed{job.seed}-{job.threads}"
+
+
 def run(job, folder, about):
     """One run of train_rl.py -> its record. `about`: the sources' hash."""
-    path, begin = folder / f"{slug(job.name)}-seed{job.seed}-{job.threads}", time.time()
+    path, begin = place(job, folder), time.time()
     command, record = ["train_rl.py", "--seed", str(job.seed), *job.flags], path / "record.json"
     if record.exists():
         done = json.loads(record.read_text(encoding="utf-8"))
@@ -266,8 +271,14 @@ class Lab(Command):
         return ["--preset", "gpu"] if self.gpu else ["--preset", "cpu", "--device", "cpu"]
 
     def sweep(self, jobs):
+        """Records of all jobs; and a page of their runs side by side, beside them."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        return sweep(jobs, self.folder, self.workers)
+        records = sweep(jobs, self.folder, self.workers)
+        runs = [place(job, self.folder) / "run" for job in jobs]
+        runs = [r for r in runs if (r / "metrics.jsonl").exists()]
+        if runs:
+            print(page.write(runs, self.folder / "report.html"))
+        return records
 
     def save(self, path, result, records, **about):
         """A record's command says in what it differs from the common settings."""

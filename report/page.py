@@ -20,6 +20,7 @@ TOKENS = 40_000                         # of answers on the page, at most
 WORST = 20                              # tokens that are listed
 CURVES = ("accuracy logp_gap_mean logp_gap_max kl_k3 entropy grad_norm length loss lr loss_scale "
           "frac_zero_std clipped_share truncated t_rollout t_train").split()
+FIRST = "accuracy logp_gap_mean entropy grad_norm length frac_zero_std loss t_rollout".split()
 # Characters that a browser would act on, or not show: controls, marks of direction, line separators
 UNSEEN = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069"
                     "\ufeff\ud800-\udfff]")
@@ -205,7 +206,8 @@ def script_data(runs, watch):
     out = []
     for r in runs:
         label = " ".join(f"{flag(k)} {r.config.get(k)}" for k in keys) or "these settings"
-        curves = {k: [finite(m[k]) if k in m else None for m in r.steps] for k in CURVES}
+        curves = {k: [finite(m[k]) if k in m else None for m in r.steps]
+                  for k in (CURVES if len(runs) == 1 else FIRST)}
         ends = [(r.result or {}).get(f"heldout_{when}") for when in ("before", "after")]
         steps = [m["step"] for m in r.steps]
         out.append(dict(label=label, steps=steps, curves=curves, heldout=ends))
@@ -233,11 +235,12 @@ def build(folders, watch=False):
     return re.sub(r"\{\{(\w+)\}\}", lambda m: fill[m[1]], page)
 
 
-def write(folder, watch=False):
-    """report.html in a run's folder: the old one or the new one is there at every moment."""
-    path = pathlib.Path(folder) / "report.html"
+def write(folders, path="", watch=False):
+    """The page as a file, by default report.html in the first run's folder. The old one or the new
+    one is there at every moment."""
+    path = pathlib.Path(path or pathlib.Path(folders[0]) / "report.html")
     with replacing(path) as f:
-        f.write(build([folder], watch).encode("utf-8", "replace"))
+        f.write(build(folders, watch).encode("utf-8", "replace"))
     return path
 
 

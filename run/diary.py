@@ -40,7 +40,7 @@ class Diary:
             self.run.log(row, self.run.samples)
         self.track(step, m)
         if cfg.watch and whole:
-            page.write(self.run.path, watch=True)
+            page.write([self.run.path], watch=True)
 
 
 def rows(step, batch, meter, env, whole):

@@ -101,5 +101,5 @@ def finish(cfg, run, state, sampler, env, acting, learning):
     if cfg.model:
         base.export(cfg, run.path, sampler.model)
     say(draw(run.path, PASS))
-    say(f"report, to open in a browser: {page.write(run.path)}")
+    say(f"report, to open in a browser: {page.write([run.path])}")
     return 1 if passed is False else 0

@@ -194,6 +194,8 @@ def test_every_experiment_has_a_quick_version(name, tmp_path, cache, monkeypatch
     assert "NaN" not in text and "Infinity" not in text
     assert f"experiments.{name} --quick" in report["command"] and report["seconds"] < 120
     assert len(picture) > 5_000
+    if report["runs"] and (tmp_path / "runs").exists() and list(tmp_path.glob("runs/*/run/metrics.jsonl")):
+        assert "runs; details of the first" in (tmp_path / "runs" / "report.html").read_text(encoding="utf-8")
     (tmp_path / f"{name}.png").unlink()
     importlib.import_module(f"experiments.{name}").main(["--quick", "--redraw", "--out", str(tmp_path)])
     assert (tmp_path / f"{name}.json").read_text() == text                        # nothing was run
