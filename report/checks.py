@@ -40,7 +40,8 @@ def loss(s):
     color = LOOK if same > 0.9 and s.last("accuracy") < 0.9 else GOOD
     return color, "Why is my loss near 0?", f"loss {s.last('loss'):.1e}", (
         "It should be. The advantages of a group add up to 0, and before an update the ratio is 1: "
-        "so the losses of a group cancel. The gradient does not: its norm is "
+        "so the losses of a group cancel, but for what its answers differ in length, and for what is "
+        "clipped. The gradient does not cancel: its norm is "
         f"{s.last('grad_norm'):.2g}. Look at the accuracy.")
 
 
@@ -84,8 +85,8 @@ def gap(s):
     figure = f"KL {kl:.0e} nats a token, mean gap {a:.0e} to {b:.0e}"
     return color, "Do rollout and training agree?", figure, (
         "The mismatch rises: in the paper this comes before a collapse." if rises else
-        "In the paper two engines in BF16 have a KL of 1e-3. The gap falls as the entropy does: "
-        "rounding changes a sure model little.")
+        "In the paper two engines in BF16 have a KL of 1e-3. The gap tends to fall as the entropy "
+        "does: rounding changes a sure model little.")
 
 
 def skipped(s):

@@ -8,6 +8,8 @@ const PANELS = [["accuracy", ["accuracy"], false], ["mismatch, nats", ["logp_gap
   ["entropy, nats", ["entropy"], false], ["norm of the gradient", ["grad_norm"], true], ["length, tokens", ["length"], false],
   ["groups that agree", ["frac_zero_std"], false], ["loss", ["loss"], false], ["seconds a step", ["t_rollout", "t_train"], false]];
 
+const NAMES = { logp_gap_mean: "mean gap", logp_gap_max: "largest gap", kl_k3: "KL a token", t_rollout: "rollout, seconds", t_train: "training" };
+
 function curves() {
   const css = getComputedStyle(document.documentElement), ink = css.getPropertyValue("--ink").trim();
   const colors = ["--one", "--two", "--three"].map(c => css.getPropertyValue(c).trim());
@@ -20,26 +22,29 @@ function curves() {
     const series = [{ label: "step" }], data = [steps], bands = [];
     const add = (label, y, more) => { series.push({ label, value: (u, v) => v === null || v === undefined ? "–" : shown(v), ...more }); data.push(y); };
     const style = i => ({ stroke: colors[i % 3], width: 1.6, dash: [[], [6, 3], [2, 2]][(several ? Math.floor(i / 3) : i) % 3] });
-    if (!several) keys.forEach((k, i) => add(k, line(D.runs[0], k, log), style(i)));
+    if (!several) keys.forEach((k, i) => add(NAMES[k] || title, line(D.runs[0], k, log), style(i)));
     else labels.forEach((label, i) => {
-      const ys = D.runs.filter(r => r.label === label).map(r => line(r, keys[0], log));
-      const over = f => steps.map((_, t) => { const v = ys.map(y => y[t]).filter(y => y !== null); return v.length ? f(v) : null; });
-      add(ys.length > 1 ? `${label}, mean of ${ys.length}` : label, over(v => v.reduce((a, b) => a + b) / v.length), style(i));
+      const ys = D.runs.filter(r => r.label === label).map(r => line(r, keys[0], false));
+      const over = f => steps.map((_, t) => { const v = ys.map(y => y[t]).filter(y => y !== null); const x = v.length ? f(v) : null;
+        return log && x <= 0 ? null : x; });
+      add(ys.length > 1 ? `${label}, mean of ${ys.length} and range` : label, over(v => v.reduce((a, b) => a + b) / v.length), style(i));
       if (ys.length > 1) { const n = series.length; const edge = { stroke: "transparent", points: { show: false } };
         add("highest", over(v => Math.max(...v)), edge); add("lowest", over(v => Math.min(...v)), edge);
         bands.push({ series: [n, n + 1], fill: colors[i % 3] + "30" }); }
     });
     if (title === "accuracy" && steps.length > 1) {
-      add("the test's mark", steps.map(() => 0.95), { stroke: grid.stroke, points: { show: false } });
+      add("the sanity test's mark", steps.map(() => 0.95), { stroke: grid.stroke, points: { show: false } });
       const ends = several ? [null] : D.runs[0].heldout, last = steps.length - 1;
       if (ends[0] !== null) add("held-out, before and after", steps.map((_, i) => i === 0 ? ends[0] : i === last ? ends[1] : null),
         { ...style(1), dash: [2, 4], spanGaps: true, points: { show: true, size: 8 } });
     }
     if (data.slice(1).every(y => y.every(v => v === null))) continue;
     const axis = { stroke: ink, grid, ticks: grid };
-    new uPlot({ title, width: 345, height: 210, series, bands, cursor: { sync: { key: "steps" } },
+    new uPlot({ title: several ? NAMES[keys[0]] || title : title, width: 345, height: 210, series, bands, cursor: { sync: { key: "steps" } },
       scales: { x: { time: false }, y: log ? { distr: 3 } : title === "accuracy" ? { range: [0, 1] } : {} },
-      axes: [axis, { ...axis, size: 66, grid: log ? { show: false } : grid, values: (u, v) => v.map(x => x === null ? "" : Math.abs(x) < 1e-3 && x ? x.toExponential() : String(+x.toPrecision(4))) }] }, data, $("plots"));
+      axes: [{ ...axis, label: "step", labelSize: 16, size: 34 }, { ...axis, size: 66, ...(log ? { grid: { show: false }, ticks: { show: false },
+        filter: (u, v) => { const tens = v.filter(x => x && Math.abs(Math.log10(x) % 1) < 1e-9); return v.map(x => tens.includes(x) &&
+          Math.round(Math.log10(x)) % Math.ceil(tens.length / 5) === 0 ? x : null); } } : {}), values: (u, v) => v.map(x => x === null ? "" : Math.abs(x) < 1e-3 && x ? x.toExponential() : String(+x.toPrecision(4))) }] }, data, $("plots"));
   }
 }
 
@@ -59,7 +64,7 @@ function paint(name) {
     [...p.children].forEach((i, t) => { const x = value(a, t) / (top || 1);
       i.style.setProperty("--v", x <= 0 ? 0 : log ? Math.max(0, 1 + Math.log10(x) / 5) : x); });
   }));
-  $("scale").textContent = top ? `white ${log ? shown(top / 1e5, 2) + " or less" : 0}, darkest ${shown(top, 2)}` : "all 0";
+  $("scale").textContent = top ? `no color: ${log ? shown(top / 1e5, 2) + " or less" : 0}; strongest: ${shown(top, 2)}` : "all 0";
 }
 
 function detail(i) {
@@ -75,6 +80,7 @@ function show(n) {
   place = Math.max(0, Math.min(articles.length - 1, n));
   articles.forEach((el, i) => { el.hidden = i !== place; });
   $("slider").value = place;
+  $("where").textContent = `step ${articles[place].dataset.step}, ${place + 1} of ${articles.length} recorded`;
   try { history.replaceState(null, "", "#step-" + articles[place].dataset.step); } catch (e) { /* a page in a frame */ }
 }
 

@@ -67,11 +67,11 @@ class Report:
         if not self.steps:
             return "No step is done yet."
         first, last, r = self.steps[0], self.steps[-1], self.result
-        begin = f"{first['accuracy']:.3f} of the sampled answers were right in step 1, "
+        begin = f"{first['accuracy']:.3f} of the sampled answers were right in step {first['step']}, "
         if not r:
             now = f"{last['accuracy']:.3f} now."
             return f"Step {last['step']} of {self.config['steps']}: {begin}{now}"
-        other = "No verdict (not the test's settings)"
+        other = "No verdict, since settings differ from the sanity test's"
         word = {True: "PASS", False: "FAIL"}.get(r["passed"], other)
         out = f"{word}: {begin}{r['accuracy']:.3f} after step {last['step']}"
         if r.get("heldout_before") is not None:
@@ -165,10 +165,11 @@ def worst(run):
     def row(w):
         mu, pi = float(w["mu"]), float(w["pi"])
         around = text(w["before"][-60:]) + element("mark", text(w["token"])) + text(w["after"][:30])
-        return (str(w["step"]), text(w["prompt"]), around, f"{mu:.5f}", f"{pi:.5f}",
-                f"{abs(mu - pi):.1e}")
-    return table(("step", "problem", "the token in its answer", "log mu", "log pi", "|difference|"),
-                 map(row, run.worst))
+        return (str(w["step"]), text(w["prompt"]), around, f"{math.exp(pi):.2g}", f"{mu:.6f}",
+                f"{pi:.6f}", f"{abs(mu - pi):.1e}")
+    head = ("step", "problem", "the token in its answer", "probability", "log mu, nats",
+            "log pi, nats", "|difference|")
+    return table(head, map(row, run.worst))
 
 
 def settings(run):
@@ -192,6 +193,11 @@ def numbers(run):
         return text(f"{x:.4g}" if isinstance(x, float) else x)
     rows = [[cell(m.get(k, "")) for k in keys] for m in run.steps]
     return table(keys, rows, id="numbers-table")
+
+
+def good(found):
+    """How many checks are, in words."""
+    return f"{sum(color == 'good' for color, *_ in found)} of {len(found)} good"
 
 
 def differing(runs):
@@ -223,14 +229,17 @@ def build(folders, watch=False):
     run, names = runs[0], ("page.html", "page.css", "page.js", "uplot.js", "uplot.css")
     page, css, js, uplot, uplot_css = ((HERE / n).read_text(encoding="utf-8") for n in names)
     notes = "".join(element("li", f"step {step}: {text(s)}") for step, s in run.notes())
+    graded, several = checks(run.steps), len(runs) > 1
     found = [element("li", element("b", text(question)), " ", text(figure), "<br>", text(s),
-                     class_=color) for color, question, figure, s in checks(run.steps)]
+                     class_=color) for color, question, figure, s in graded]
     fill = dict(
-        title=text(run.folder.name), settings=settings(run),
-        verdict=text(f"{len(runs)} runs; details of the first" if len(runs) > 1 else run.verdict()),
+        title=text(f"{len(runs)} runs" if several else run.folder.name), settings=settings(run),
+        verdict=text(f"{len(runs)} runs; details of the first" if several else run.verdict()),
+        which=f" ({text(run.folder)})" * several, good=good(graded),
+        beside='<a href="#compare">Side by side</a> ' * several,
         checks="".join(found), samples=samples(run), worst=worst(run), numbers=numbers(run),
         notes=element("ul", notes) if notes else element("p", "None: nothing was off."),
-        compare=compare(runs) if len(runs) > 1 else "", style=uplot_css + css, script=uplot + js,
+        compare=compare(runs) if several else "", style=uplot_css + css, script=uplot + js,
         data=data(script_data(runs, watch)))
     return re.sub(r"\{\{(\w+)\}\}", lambda m: fill[m[1]], page)
 
@@ -247,8 +256,9 @@ def write(folders, path="", watch=False):
 def compare(runs):
     """Settings that differ, how each ended, and what each answered to the same problems."""
     keys = differing(runs)
-    rows = [[*map(text, (r.folder, *(r.config.get(k) for k in keys), r.verdict()))] for r in runs]
-    out = table(["run", *map(flag, keys), "how it stands"], rows)
+    rows = [[*map(text, (r.folder, *(r.config.get(k) for k in keys), r.verdict(), good(checks(r.steps)),
+                         " ".join(f"Step {step}: {s}." for step, s in r.notes())))] for r in runs]
+    out = table(["run", *map(flag, keys), "how it stands", "checks", "notes"], rows, class_="wrapped")
     last = [{g["prompt"]: g for g in r.groups} for r in runs]
     for prompt in [p for p in last[0] if all(p in others for others in last)][:5]:
         groups = [others[prompt] for others in last]
@@ -256,4 +266,6 @@ def compare(runs):
         cells = ["".join(element("p", text(a["text"]), class_=judged(a)) for a in g["answers"])
                  for g in groups]
         out += element("h3", text(prompt)) + table(head, [cells])
+    if not set(last[0]).intersection(*last):
+        out += element("p", "No problem was recorded in all of them.")
     return element("section", element("h2", "Side by side"), out, id="compare")

@@ -53,7 +53,8 @@ def rows(step, batch, meter, env, whole):
     yield dict(step=step, worst=dict(
         prompt=batch.problems[row // group].prompt, before=decode(tokens[start:column]),
         token=piece(env, tokens[column]), after=decode(tokens[column + 1:end]),
-        mu=number(r.logp[row, column]), pi=number(meter.before[row, column])))
+        mu=number(r.logp[row, column]), pi=number(meter.before[row, column]),
+        entropy=number(meter.entropy[row, column])))
     for i in dict.fromkeys((0, row // group)) if whole else ():
         problem, some = batch.problems[i], range(i * group, (i + 1) * group)
         yield dict(step=step, prompt=problem.prompt, right_answer=problem.answer,
@@ -72,8 +73,9 @@ def answer(batch, meter, env, row):
 
 
 def piece(env, token):
-    """A token's text; of the stop token a sign."""
-    return env.tokenizer.decode([token]) or "\u25a0"
+    """A token's text; of the stop token a sign, of a part of a character the token's number."""
+    text = env.tokenizer.decode([token]) or "\u25a0"
+    return f"<{token}>" if "\ufffd" in text else text
 
 
 def number(x):
