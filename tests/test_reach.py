@@ -53,7 +53,8 @@ class Watched:
         for name in ("hook", "home", "tmp", "work"):
             (folder / name).mkdir()
         (folder / "hook" / "sitecustomize.py").write_text(HOOK, encoding="utf-8")
-        self.env = {**os.environ, "PYTHONPATH": str(folder / "hook"), "TENBIT_AUDIT": str(self.log),
+        others = {k: v for k, v in os.environ.items() if not k.startswith("TORCHINDUCTOR")}      # of tests before
+        self.env = {**others, "PYTHONPATH": str(folder / "hook"), "TENBIT_AUDIT": str(self.log),
                     "HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"), "TENBIT_CACHE": str(folder / "cache"),
                     "PYTHONDONTWRITEBYTECODE": "1", "MPLCONFIGDIR": str(folder / "cache" / "matplotlib")}
 
