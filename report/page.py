@@ -174,7 +174,8 @@ def worst(run):
 
 def settings(run):
     """Those that differ from the preset's, and what it ran on."""
-    c, about, changed = run.config, run.about, (run.result or {}).get("changed", ())
+    c, about = run.config, run.about
+    changed = about.get("differs") or (run.result or {}).get("changed", ())
     changed = [f"{flag(k)} {plain(tuple(v) if isinstance(v, list) else v)}"
                for k, v in c.items() if k in changed]
     where = " · ".join(str(about[k]) for k in ("device", "system") if about.get(k))

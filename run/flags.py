@@ -156,10 +156,11 @@ def resumed(config, saved, given):
     return cfg | given
 
 
-def changed(cfg):
-    """The settings that make this another test than the preset's, by name."""
+def changed(cfg, free=False):
+    """The settings that make this another test than the preset's, by name. free: those too that do
+    not."""
     usual = preset(type(cfg), *["gpu"] * (cfg.preset == "gpu"))
-    return [f.name for f in dataclasses.fields(cfg) if not f.metadata["free"]
+    return [f.name for f in dataclasses.fields(cfg) if (free or not f.metadata["free"])
             and getattr(cfg, f.name) != usual.get(f.name, f.default)]
 
 

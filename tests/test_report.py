@@ -83,6 +83,14 @@ def test_it_says_what_the_run_did(tmp_path):
     assert "right answer 12" in said.replace("  ", " ") and "1 of 2 right" in said
 
 
+def test_settings_that_differ_are_named_while_it_runs(tmp_path):
+    folder = a_run(tmp_path)
+    rows = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows[0] = json.dumps(json.loads(rows[0]) | dict(differs=["precision", "lr"]))
+    (folder / "metrics.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    assert "changed from the preset: --precision fp16, --lr 0.001" in words(page.build([folder]))
+
+
 def test_failures_come_first_and_the_worst_token_too(tmp_path):
     source = page.build([a_run(tmp_path)])
     assert source.index('class="wrong"') < source.index('class="right"')
