@@ -857,6 +857,18 @@ bug("answers in parts repeat themselves", "sample.py",
     "Of many answers to a prompt every 513th is the first one again: the variety is made up.",
     "test_sample.py::test_many_answers_come_in_parts")
 
+bug("the report begins with the smallest mismatch", "report/page.py",
+    'key=lambda w: -abs(float(w["mu"])',
+    'key=lambda w: abs(float(w["mu"])',
+    "The first row is the token that agrees best, of the run's worst ones none is shown.",
+    "test_report.py::test_failures_come_first_and_the_worst_token_too")
+
+bug("a model's text is markup", "report/page.py",
+    "return html.escape(shown, quote=True)",
+    "return shown",
+    "An answer with a tag in it is not shown, or runs in the reader's browser.",
+    "test_report.py::test_what_a_model_writes_is_text")
+
 bug("a resumed run keeps lines of steps it does again", "run/folder.py",
     "        self.rewind(step)\n",
     "",

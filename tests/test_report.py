@@ -298,9 +298,14 @@ def test_a_browser_shows_it(tmp_path):
 
 @browser
 def test_a_browser_shows_several_runs(tmp_path):
-    folders = [a_run(tmp_path / str(s), config=CONFIG | dict(seed=s)) for s in (0, 1)]
-    document, console = dom(tmp_path, page.build(folders), SCRIPT)
+    folders = [a_run(tmp_path / str(s), config=CONFIG | dict(seed=s), grad_norm=0.2 * s) for s in (0, 1)]
+    script = ("window.plots = []; const Real = uPlot;"
+              "uPlot = function (...a) { const p = new Real(...a); plots.push(p); return p; };")
+    look = "out.norm = plots[3].data[1]; "
+    source = page.build(folders).replace("const D = JSON", script + "const D = JSON", 1)
+    document, console = dom(tmp_path, source, SCRIPT.replace("const pre", look + "const pre"))
     assert console == [] and found(document)["plots"] == 8 and "mean of 2 and range" in document
+    assert found(document)["norm"] == pytest.approx([0.1] * 6)            # of 0 and 0.2
 
 
 @browser
