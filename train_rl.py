@@ -353,7 +353,7 @@ def train(cfg, given, run, saved=None):
         state.problems = problems.perfectible(model, env, state.problems, cfg, nums)
         if state.heldout:
             state.before = start.pass_at_1(cfg, sampler, env, state.heldout, 6, acting)
-        run.log(provenance(cfg, device))
+        run.log(provenance(cfg, device) | dict(differs=flags.changed(cfg, free=True)))
         save()
     say(f"training on {len(state.problems)} problems, {cfg.prompts} x {cfg.group} answers a step, "
         f"{cfg.algo}; everything goes to {run.path}/" if state.step < cfg.steps else

@@ -158,10 +158,10 @@ def resumed(config, saved, given):
 
 def changed(cfg, free=False):
     """The settings that make this another test than the preset's, by name. free: those too that do
-    not."""
+    not; the folder and the preset itself never count."""
     usual = preset(type(cfg), *["gpu"] * (cfg.preset == "gpu"))
     return [f.name for f in dataclasses.fields(cfg) if (free or not f.metadata["free"])
-            and getattr(cfg, f.name) != usual.get(f.name, f.default)]
+            and f.name not in ("out", "preset") and getattr(cfg, f.name) != usual.get(f.name, f.default)]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ import torch
 from data import Problem
 from operators.code import ROOT, has_tools
 from precision import InputError
-from run import flags
 from run.checkpoint import load_checkpoint, replacing, save_checkpoint
 from run.console import ENDING, silence
 from run.lines import say
@@ -187,7 +186,6 @@ def provenance(cfg, device):
     return dict(
         config=dataclasses.asdict(cfg),
         command=[pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
-        differs=[k for k in flags.changed(cfg, free=True) if k not in ("out", "preset")],
         git=ask("git", "rev-parse", "HEAD"),
         git_dirty=bool(ask("git", "status", "--porcelain")),
         python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
