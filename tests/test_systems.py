@@ -96,7 +96,6 @@ def demonstrate(problem, rng):
     return problem.answer if rng.random() < 0.6 else str(rng.integers(0, 10))
 def reward(problem, text):
     if text == "3": raise ValueError("größe \\u2192")
-    while text == "4": pass
     return text == problem.answer
 """
 
