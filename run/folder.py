@@ -160,7 +160,9 @@ def interruptible():
             signal.signal(n, handler)
         try:
             say("\nstopping after this step (Ctrl-C again: at once)")
-        except (OSError, RuntimeError):     # the terminal is gone; or a line was just being written
+        except RuntimeError:                # a line was just being written: this one is left out
+            pass
+        except OSError:                     # the terminal is gone
             silence()
     with suppress(ValueError):                            # only a main thread can handle signals
         for n in (signal.SIGINT, *ENDING):

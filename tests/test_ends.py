@@ -83,6 +83,21 @@ def test_a_signal_ends_the_step_and_a_second_one_the_run(number, capsys):
         signal.signal(number, before)
 
 
+@pytest.mark.parametrize("error, silenced", [(RuntimeError("reentrant call"), 0), (OSError(5, "Input/output error"), 1)])
+def test_a_signal_in_the_middle_of_a_line(error, silenced, monkeypatch):
+    """Python refuses to print then; what the run says afterwards must still be seen. A terminal that is gone is another
+    matter."""
+    calls = []
+
+    def say(text):
+        raise error
+    monkeypatch.setattr("run.folder.say", say)
+    monkeypatch.setattr("run.folder.silence", lambda: calls.append(1))
+    with interruptible() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+    assert stop == [signal.SIGINT] and len(calls) == silenced
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP")
 def test_a_signal_that_is_ignored_stays_so():
     """As nohup asks."""
