@@ -3,6 +3,8 @@ import math
 
 import numpy as np
 
+from run.lines import diagnose
+
 GOOD, LOOK, BAD = "good", "look", "bad"
 
 
@@ -15,10 +17,11 @@ def checks(steps):
 
 
 class Series:
-    """Metrics by name. first, last: means of five steps at either end."""
+    """Metrics by name. first, last: means of five steps at either end. off: what the run's own
+    notes say of these steps, by topic."""
 
     def __init__(self, steps):
-        self.steps = steps
+        self.steps, self.off = steps, dict(diagnose(steps))
 
     def all(self, key):
         return np.array([float(m.get(key, math.nan)) for m in self.steps])
@@ -47,12 +50,9 @@ def loss(s):
 
 def learning(s):
     a, b = s.first("accuracy"), s.last("accuracy")
-    n = min(5, len(s.steps))
-    best = np.convolve(s.all("accuracy"), np.full(n, 1 / n), "valid").max()
-    color = BAD if b < best - 0.2 else GOOD if b >= 0.95 or b > a + 0.02 else LOOK
-    return color, "Does it learn?", f"accuracy {a:.2f} to {b:.2f}", (
-        "It has fallen. If you changed the loss or the advantage, look at the sign first; else try "
-        "a lower --lr." if color == BAD else "Means of the first and the last five steps."
+    color = BAD if "falls" in s.off else GOOD if b >= 0.95 or b > a + 0.02 else LOOK
+    return color, "Does it learn?", f"accuracy {a:.2f} to {b:.2f}", s.off.get("falls") or (
+        "Means of the first and the last five steps."
         + " It is level: look at the groups without signal below." * (color == LOOK))
 
 
@@ -80,11 +80,9 @@ def truncated(s):
 
 def gap(s):
     kl, a, b = s.last("kl_k3"), s.first("logp_gap_mean"), s.last("logp_gap_mean")
-    rises = len(s.steps) >= 30 and b > 3 * a and b > 1e-3
-    color = BAD if rises else grade(kl, 1e-4, 1e-3)
+    color = BAD if "mismatch" in s.off else grade(kl, 1e-4, 1e-3)
     figure = f"KL {kl:.0e} nats a token, mean gap {a:.0e} to {b:.0e}"
-    return color, "Do rollout and training agree?", figure, (
-        "The mismatch rises: in the paper this comes before a collapse." if rises else
+    return color, "Do rollout and training agree?", figure, s.off.get("mismatch") or (
         "In the paper two engines in BF16 have a KL of 1e-3. The gap tends to fall as the entropy "
         "does: rounding changes a sure model little.")
 

@@ -35,7 +35,7 @@ class Meter:
         where = torch.zeros_like(self.answer)
         where[rows] = self.answer[rows]
         self.gaps = mismatch(r.logp[where], logp[where], (r.length - r.prompt_length)[rows])
-        self.before, self.gap = logp.clone(), torch.where(where, r.logp - logp, 0.0)     # (R, T)
+        self.before, self.gap = logp, torch.where(where, r.logp - logp, 0.0)             # (R, T)
         self.routes = {k: float(v) for k, v in self.sums.items() if k in ("flips", "fed", "balance")}
         return where & (r.logp != logp)
 
