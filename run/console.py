@@ -1,5 +1,6 @@
 """run/console.py: command lines whose errors are one line."""
 import argparse
+import atexit
 import os
 import re
 import signal
@@ -107,4 +108,6 @@ def leave(status, line=""):
         sys.stdout.flush()
     except OSError:
         silence()
+    for n in (signal.SIGINT, *ENDING):                # all is done: a signal while Python clears up
+        atexit.register(signal.signal, n, signal.SIG_IGN)           # would only print a stack trace
     sys.exit(status)
