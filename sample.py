@@ -8,8 +8,8 @@
 
 The sampler prefills each prompt once, copies its cache to the n answers, and decodes all rows in
 one batch. It records the log-prob of every token as it was sampled, from the very distribution that
-it was sampled from (Numerics.draw). Training compares with these numbers and never with recomputed
-ones. Left out: top-k and top-p. Training would have to mirror them exactly.
+it was sampled from (Numerics.draw). Training compares with these numbers, not with recomputed ones.
+Left out: top-k and top-p, which training would have to mirror exactly.
 """
 import argparse
 import json
@@ -37,8 +37,7 @@ ROWS = 512                          # answers that are decoded at once
 
 @dataclass
 class Rollout:
-    """R answers. Rows are right-padded sequences, prompt first: position = slot, in the cache as
-    in training."""
+    """R answers. Rows are right-padded, prompt first: position = slot, in cache and training."""
     tokens: torch.Tensor            # (R, T) int64
     logp: torch.Tensor          # (R, T) FP32, log-prob of each answer token as sampled, 0 elsewhere
     prompt_length: torch.Tensor     # (R,) int64
@@ -261,17 +260,18 @@ def ask(a, sampler, tokenizer, prompt):
     """Print a.n answers to a prompt, ROWS at a time."""
     tokens, context = tokenizer.prompt(prompt, a.system), sampler.model.cfg.context
     if (room := context - len(tokens)) < 1:
-        raise InputError(f"the prompt has {len(tokens)} tokens, the model's context is {context}: "
-                         "no room for an answer")
+        raise InputError(f"no room for an answer: {len(tokens)} tokens of prompt, context {context}")
     gap, most = ("", room) if tokenizer is Bytes else ("\n", 512)
     new = a.max_new_tokens or min(room, most)
     for i in range(0, a.n, ROWS):
         out = sampler.generate([tokens], min(ROWS, a.n - i), new, a.temperature, a.seed, i)
         for r, text in enumerate(out.texts(tokenizer)):
-            span = slice(len(tokens), int(out.length[r]))
-            drawn = dict(tokens=out.tokens[r, span].tolist(), logp=out.logp[r, span].tolist())
-            print(json.dumps(dict(prompt=prompt, text=text, **drawn)) if a.json else
-                  prompt + gap + text + " [cut off]" * (not out.stopped[r]), flush=True)
+            shown = prompt + gap + text + " [cut off]" * (not out.stopped[r])
+            if a.json:
+                span = slice(len(tokens), int(out.length[r]))
+                drawn = dict(tokens=out.tokens[r, span].tolist(), logp=out.logp[r, span].tolist())
+                shown = json.dumps(dict(prompt=prompt, text=text, **drawn))
+            print(shown, flush=True)
 
 
 def evaluate(a, sampler, tokenizer, run):

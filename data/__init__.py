@@ -53,12 +53,17 @@ class Task:
         """What takes long is done now, and what is missing is said now."""
 
 
+def short(text, most=290):
+    """In one line, without its middle where it is long: a hostile name may have a megabyte."""
+    text = text if len(text) <= most else f"{text[:most - 115]} ... {text[-110:]}"
+    return " ".join(text.split())
+
+
 def input_error(message):
-    """A precision.InputError of one line, without its middle where it quotes a long text. Imported
-    late: a process that only grades does well without torch."""
+    """A short precision.InputError. Imported late: a process that only grades does well without
+    torch."""
     from precision import InputError
-    cut = message if len(message) <= 290 else f"{message[:175]} ... {message[-110:]}"
-    return InputError(" ".join(cut.split()))
+    return InputError(short(message))
 
 
 def seed_of(key):

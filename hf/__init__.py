@@ -10,6 +10,7 @@ import os
 import sys
 from contextlib import contextmanager
 
+from data import short
 from precision import InputError
 
 LARGEST = 1 << 28                   # bytes of a JSON file: the largest tokenizers have a tenth of it
@@ -37,12 +38,6 @@ def reading(path):
         if isinstance(e, (OSError, InputError)):
             why = getattr(e, "strerror", None) or str(e)
         raise InputError(short(why if why.startswith(str(path)) else f"{path}: {why}")) from None
-
-
-def short(text, most=290):
-    """In one line, without its middle where it is long: a hostile name may have a megabyte."""
-    text = text if len(text) <= most else f"{text[:most - 115]} ... {text[-110:]}"
-    return " ".join(text.split())
 
 
 def regular(path):

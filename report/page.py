@@ -13,7 +13,7 @@ from report.checks import checks
 from run.checkpoint import replacing
 from run.flags import flag, plain
 from run.folder import read
-from run.lines import diagnose
+from run.lines import notes
 
 HERE = pathlib.Path(__file__).resolve().parent
 TOKENS = 40_000                         # of answers on the page, at most
@@ -81,14 +81,9 @@ class Report:
 
     def notes(self):
         """What `note:` lines said, and when: [(step, sentence)]."""
-        told, out = {}, []
-        for i in range(1, len(self.steps) + 1):
-            step = self.steps[i - 1]["step"]
-            for topic, sentence in diagnose(self.steps[:i]):
-                if step - told.get(topic, -25) >= 25:
-                    told[topic] = step
-                    out.append((step, sentence))
-        return out
+        told = {}
+        return [(m["step"], sentence) for i, m in enumerate(self.steps, 1)
+                for sentence in notes(self.steps[:i], told)]
 
 
 def thin(groups):

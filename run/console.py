@@ -2,13 +2,13 @@
 import argparse
 import atexit
 import os
-import re
 import signal
 import sys
 from contextlib import suppress
 
 import torch
 
+from data import short
 from precision import InputError, nearest
 
 # What ends a program: a cluster that takes its machine back, a terminal that is closed
@@ -99,11 +99,11 @@ def silence():
 
 
 def leave(status, line=""):
-    """End the program, with a line about why. A name of a million characters is cut."""
+    """End the program, with a line about why."""
     if line:
-        line = re.sub(r"\S{200,}", lambda m: m[0][:80] + "...", " ".join(str(line).split()))[:1000]
         with suppress(OSError):
-            print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr, flush=True)
+            print(f"{os.path.basename(sys.argv[0])}: {short(str(line), 1000)}", file=sys.stderr,
+                  flush=True)
     try:
         sys.stdout.flush()
     except OSError:

@@ -9,6 +9,7 @@ An answer has its text, reward, advantage and whether it stopped, and of each to
 mu (as it was sampled), log pi (of training, before the update) and the entropy in nats.
 """
 import dataclasses
+import math
 import time
 
 import torch
@@ -23,7 +24,7 @@ class Diary:
         """first: the step after which this process began."""
         self.run, self.cfg, self.env, self.first = run, cfg, env, first
         self.history, self.told, self.begun = run.history(), {}, time.monotonic()
-        self.track = tracker(cfg.log_to, run.path, dataclasses.asdict(cfg))
+        self.track, self.due = tracker(cfg.log_to, run.path, dataclasses.asdict(cfg)), 0.0
 
     def write(self, m, batch, meter):
         """m: the step's metrics."""
@@ -34,13 +35,15 @@ class Diary:
         say(step_line(m, cfg.steps, to_go))
         if cfg.verbose:
             say(all_of(m))
-        notes(self.history, self.told)
+        for sentence in notes(self.history, self.told):
+            say(f"  note: {sentence}")
         whole = (step - 1) % cfg.sample_every == 0 or step == cfg.steps
         for row in rows(step, batch, meter, self.env, whole):
             self.run.log(row, self.run.samples)
         self.track(step, m)
-        if cfg.watch and whole:
+        if cfg.watch and whole and (begin := time.monotonic()) >= self.due:
             page.write([self.run.path], watch=True)
+            self.due = time.monotonic() + 20 * (time.monotonic() - begin)      # a twentieth at most
 
 
 def rows(step, batch, meter, env, whole):
@@ -66,7 +69,7 @@ def answer(batch, meter, env, row):
     span = slice(int(r.prompt_length[row]), int(r.length[row]))
     tokens = r.tokens[row, span].tolist()
     numbers = torch.stack([x[row, span] for x in (r.logp, meter.before, meter.entropy)]).tolist()
-    mu, pi, entropy = ([short(x) for x in line] for line in numbers)
+    mu, pi, entropy = ([number(x) for x in line] for line in numbers)
     return dict(text=env.tokenizer.decode(tokens), reward=number(batch.rewards.flatten()[row]),
                 advantage=number(batch.advantage[row]), stopped=bool(r.stopped[row]),
                 tokens=[piece(env, t) for t in tokens], mu=mu, pi=pi, entropy=entropy)
@@ -79,10 +82,6 @@ def piece(env, token):
 
 
 def number(x):
-    return short(float(x))
-
-
-def short(x):
     """With seven digits: FP32 has no more. What is not finite is a text in JSON."""
-    x = float(f"{x:.7g}")
-    return x if x - x == 0 else str(x)
+    x = float(f"{float(x):.7g}")
+    return x if math.isfinite(x) else str(x)

@@ -135,9 +135,10 @@ def diagnose(history):
 
 
 def notes(history, told):
-    """Says what is off, each topic once in 25 steps. told: topic -> the step in which it was."""
+    """What is off and worth a line now: each topic once in 25 steps. told: topic -> the step in which
+    it was."""
     step = history[-1]["step"]
     for topic, sentence in diagnose(history):
         if step - told.get(topic, -25) >= 25:
             told[topic] = step
-            say(f"  note: {sentence}")
+            yield sentence

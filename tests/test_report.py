@@ -16,7 +16,7 @@ from precision import InputError
 from report import page
 from report.__main__ import main as command
 from report.checks import BAD, GOOD, LOOK, checks
-from run.diary import short
+from run.diary import number
 from run.trackers import tracker
 
 METRICS = dict(accuracy=0.5, loss=1e-4, grad_norm=0.1, entropy=0.1, clipped_share=0.0, truncated=0.0, kl_k3=1e-9,
@@ -130,7 +130,7 @@ def test_numbers_that_are_not_finite(tmp_path):
         step=1, prompt="q", right_answer="1", answers=[answer(mu=("-inf", -1.0), pi=("nan", -1.0))])])])
     data = json.loads(re.search(r'id="data">(.*?)</script>', source)[1])
     assert data["groups"][0][0]["mu"][0] is None and data["runs"][0]["curves"]["grad_norm"] == [None] * 6
-    assert short(math.inf) == "inf" and short(1 / 3) == 0.3333333
+    assert number(math.inf) == "inf" and number(1 / 3) == 0.3333333
 
 
 def test_a_page_has_room_for_so_many_tokens(tmp_path):
