@@ -8,7 +8,7 @@
 
 The sampler prefills each prompt once, copies its cache to the n answers, and decodes all rows in
 one batch. It records the log-prob of every token as it was sampled, from the very distribution that
-it was sampled from (Numerics.draw). Training compares with these numbers, not with recomputed ones.
+it was sampled from (Numerics.draw). Training compares with these numbers, never with others.
 Left out: top-k and top-p, which training would have to mirror exactly.
 """
 import argparse
