@@ -8,7 +8,7 @@
 
 The sampler prefills each prompt once, copies its cache to the n answers, and decodes all rows in
 one batch. It records the log-prob of every token as it was sampled, from the very distribution that
-it was sampled from (Numerics.draw). Training compares with these numbers, never with others.
+it was sampled from (Numerics.draw). Training compares with these numbers, not with recomputed ones.
 Left out: top-k and top-p, which training would have to mirror exactly.
 """
 import argparse
@@ -260,7 +260,7 @@ def ask(a, sampler, tokenizer, prompt):
     """Print a.n answers to a prompt, ROWS at a time."""
     tokens, context = tokenizer.prompt(prompt, a.system), sampler.model.cfg.context
     if (room := context - len(tokens)) < 1:
-        raise InputError(f"no room for an answer: {len(tokens)} tokens of prompt, context {context}")
+        raise InputError(f"no room for an answer: {len(tokens)} prompt tokens, context {context}")
     gap, most = ("", room) if tokenizer is Bytes else ("\n", 512)
     new = a.max_new_tokens or min(room, most)
     for i in range(0, a.n, ROWS):
