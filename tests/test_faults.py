@@ -6,6 +6,7 @@
 import datetime
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -19,4 +20,5 @@ def test_the_faults_of_the_day():
     day = os.environ.get("TENBIT_FAULTS_DATE") or datetime.date.today().isoformat()
     p = subprocess.run([sys.executable, "-m", "tests.faults", "--day", day], cwd=ROOT, capture_output=True, text=True,
                        encoding="utf-8", errors="replace", timeout=900)
-    assert p.returncode == 0 and " 0 s\n" not in p.stdout, p.stdout + p.stderr
+    tried = re.search(r"^all +(\d+) +\1 +0 ", p.stdout, re.M)             # tried, survived, lost
+    assert p.returncode == 0 and tried and int(tried[1]) >= 20, p.stdout + p.stderr
