@@ -95,22 +95,34 @@ def story(fmt, operators):
           + (f", {times:.0f} times as far apart." if times else "."))
 
 
-def main():
+def study():
+    """The default job's base model if it is in the cache, else one with random weights, and three
+    problems -> (model, prompts, answers to each, tokens, stop token, settings), what it is."""
     device, cfg = pick_device("auto"), Config(preset="cpu")
     env, base = load_task(cfg), find_base(cfg, device)[0]
     model = base or GPT(gpt_config(cfg, env), device)
     prompts = [encode(p.prompt) for p in draw_problems(env.task, 3, stream(0, 11))]
     case = model, prompts, 1, 28, -1, dataclasses.replace(cfg, fast=False)
-    modes, start = [f + end for end in ("", " exact") for f in FORMATS], len(prompts[0])
+    return case, "the default base model" if base else "random weights"
+
+
+def watched(case, tokens, fmt, exact=False):
+    """What each operator gives, a token at a time and all at once -> [Operator]."""
+    model, prompts, *_ = case
+    num = numerics(fmt, model.embedding.device, fast=False, exact=exact)
+    return compare(model.use(num.hold(model.parameters())), tokens, len(prompts[0]))
+
+
+def main():
+    case, weights = study()
+    modes, start = [f + end for end in ("", " exact") for f in FORMATS], len(case[1][0])
     answers = {mode: out for mode, *out in passes(case, modes, 3)}
     tokens, gaps = answers["fp32"][0].tokens, {m: distance(*out) for m, out in answers.items()}
-    weights = "the default base model" if base else "random weights"
-    print(ABOUT.format(len(prompts), 28, start, weights, device, torch.get_num_threads()))
+    print(ABOUT.format(len(case[1]), 28, start, weights, tokens.device, torch.get_num_threads()))
     runs = {}
     for mode in modes:
         fmt, _, exact = parts(mode)
-        num = numerics(fmt, device, fast=False, exact=exact).hold(model.parameters())
-        runs.setdefault(exact, {})[fmt] = compare(model.use(num), tokens, start)
+        runs.setdefault(exact, {})[fmt] = watched(case, tokens, fmt, exact)
     table(runs[False])
     print()
     for fmt in FORMATS:

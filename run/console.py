@@ -102,8 +102,9 @@ def leave(status, line=""):
     """End the program, with a line about why."""
     if line:
         with suppress(OSError):
-            print(f"{os.path.basename(sys.argv[0])}: {short(str(line), 1000)}", file=sys.stderr,
-                  flush=True)
+            path, name = os.path.split(sys.argv[0])
+            name = os.path.basename(path) if name == "__main__.py" else name           # python -m
+            print(f"{name}: {short(str(line), 1000)}", file=sys.stderr, flush=True)
     try:
         sys.stdout.flush()
     except OSError:

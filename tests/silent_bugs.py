@@ -198,6 +198,12 @@ bug("every step has the same noise", "train_rl.py",
     "A problem that comes again gets the same answers again, as far as the policy is the same.",
     "test_loop.py::test_no_two_answers_have_the_same_random_numbers")
 
+bug("a group shares its noise", "sample.py",
+    "uniforms(key, numbers, n, max_new_tokens))",
+    "uniforms(key, numbers, 1, max_new_tokens).repeat(n, 1))",
+    "All answers to a problem are one, and no group has a signal: |g| is 0.",
+    "test_loop.py::test_no_two_answers_have_the_same_random_numbers")
+
 bug("a second try has the noise of the first", "train_rl.py",
     "again * cfg.prompts",
     "0",
@@ -621,6 +627,13 @@ bug("a micro-batch as long as its shortest answer", "train_rl.py",
     "yield part, int(length[part[-1]])",
     "yield part, int(length[part[0]])",
     "Long answers lose their ends, with the stop token. The largest gap is several nats.",
+    "test_train.py::test_micro_batches_and_skipped_groups_leave_the_gradient_alone[dr-grpo]")
+
+bug("gradients are never added", "train_rl.py",
+    "                with reproducible(device):\n                    scaler",
+    "                model.zero_grad(set_to_none=True)\n"
+    "                with reproducible(device):\n                    scaler",
+    "Of a batch in parts the last part counts alone: |g| is small, and accuracy rises slowly.",
     "test_train.py::test_micro_batches_and_skipped_groups_leave_the_gradient_alone[dr-grpo]")
 
 bug("accumulated gradients are divided twice", "train_rl.py",

@@ -1,0 +1,177 @@
+"""Exercise 7: exact mode. An order of summation, bit for bit; one operator turned back; a run."""
+import sys
+
+import numpy as np
+import torch
+
+from data import draw_problems, stream
+from data.tokenizer import encode
+from model import GPT
+from operators.exact import ExactNumerics
+from precision import Numerics
+from run.base import gpt_config, load_task
+from sample import Sampler
+from train_rl import Batch, parse_config, score
+from workshop.ladder import JOB, call, require, shown, steps_of, word
+
+OPERATORS = "product", "logits", "log_softmax", "rms_norm", "swiglu", "attention"
+
+
+def check(mine):
+    yield from three(mine)
+    yield from pairs(mine)
+    yield from turned_back(mine)
+    yield from proof(mine)
+
+
+def three(mine):
+    x = getattr(mine, "NUMBERS", None)
+    fits = isinstance(x, (tuple, list)) and len(x) == 3 and all(type(t) in (int, float) for t in x)
+    require(fits, "NUMBERS are three numbers.")
+    a, b, c = map(np.float32, x)
+    require(np.isfinite([a, b, c]).all(), "NUMBERS are three finite numbers.")
+    with np.errstate(all="ignore"):
+        left, right = (a + b) + c, a + (b + c)
+    require(left != right, f"In FP32 ({a} + {b}) + {c} and {a} + ({b} + {c}) are both {left}. Try a "
+            "large number, its negative, and a small one.")
+    yield f"({a} + {b}) + {c} = {left}, and {a} + ({b} + {c}) = {right}: the order counts"
+
+
+def tree(row):
+    """Neighbors added, until one number is left; an odd one at the end goes on as it is."""
+    row = [np.float32(t) for t in row]
+    while len(row) > 1:
+        row = [a + b for a, b in zip(row[::2], row[1::2])] + row[len(row) // 2 * 2:]
+    return row[0]
+
+
+def halves(row):
+    row = [np.float32(t) for t in row]
+    while len(row) > 1:
+        n = len(row) // 2
+        new = [a + b for a, b in zip(row[:n], row[n:2 * n])]
+        row = new + row[2 * n:]
+    return row[0]
+
+
+def pairs(mine):
+    for n in (1, 2, 3, 8, 13, 100):
+        rng = np.random.default_rng(n)
+        x = (rng.normal(size=(40, n)) * 10.0 ** rng.integers(-4, 5, (40, n))).astype(np.float32)
+        truth = np.array([tree(row) for row in x])
+        y = call(mine, "pair_sum", torch.tensor(x))
+        require(isinstance(y, torch.Tensor) and y.shape == (40,) and y.dtype == torch.float32,
+                f"pair_sum gave {type(y).__name__} {tuple(getattr(y, 'shape', ()))} for 40 rows of {n} "
+                "numbers: it gives an FP32 tensor of shape (40,).")
+        y = y.numpy()
+        require(y.any(), "pair_sum is 0 everywhere.")
+        same = (y == truth).all()
+        near = np.abs(y - x.astype(float).sum(1)) <= 1e-4 * np.abs(x).sum(1)
+        if not same and near.all():
+            with np.errstate(all="ignore"):
+                line = np.array([sum((np.float32(t) for t in row), np.float32(0)) for row in x])
+                fine = x.astype(float).sum(1).astype(np.float32)
+                two = np.array([halves(row) for row in x])
+            require(not (y == line).all(), "pair_sum adds from left to right. That order is fixed as "
+                    "well, but another one is asked: neighbors first.")
+            require(not (y == fine).all(), "pair_sum adds in FP64 and rounds once. Good sums, but not "
+                    "in the order that is asked, and slow on most GPUs.")
+            require(not (y == two).all(), "pair_sum adds the halves of a row. Asked are neighbors: "
+                    "the numbers 0 and 1, 2 and 3, and so on.")
+            row = int((y != truth).argmax())
+            require(False, f"The sums of rows of {n} numbers are near, but their last bits are others, "
+                    f"such as {y[row]!r} and not {truth[row]!r}. torch.sum picks an order by itself. "
+                    "Add neighbors, x[:, 0::2] + x[:, 1::2], until one number is left.")
+        lost = near | (np.abs(y - x[:, :n - 1].astype(float).sum(1)) > 1e-4 * np.abs(x).sum(1))
+        require(lost.all(), f"Of a row of {n} numbers the last one is left out: with an odd number of "
+                "them it has no neighbor, and goes on as it is.")
+        require(same, f"A row of {n} numbers has another sum: {y[0]!r} in place of {truth[0]!r}.")
+    yield "pair_sum: rows of 1 to 100 numbers, each bit as the order says"
+
+
+def shares(numerics):
+    """The default job's model with random weights answers 1, 3, 5 and 21 times at once -> of each,
+    how many tokens have the same log-prob on both sides, bit for bit, and how many there are."""
+    cfg, found = parse_config(["--preset", "cpu", "--device", "cpu"])[0], {}
+    env = load_task(cfg)
+    model = GPT(gpt_config(cfg, env))
+    with torch.no_grad():
+        model.head *= 10                                     # as sure of itself as a trained one
+    model.use(numerics.hold(model.parameters()))
+    for problems, answers in ((1, 1), (3, 1), (5, 1), (7, 3)):
+        prompts = [encode(p.prompt) for p in draw_problems(env.task, problems, stream(0, 63))]
+        rollout = Sampler(model, -1, fast=False).generate(prompts, answers, env.answer_length, seed=5)
+        logp, where = score(model, Batch(rollout), cfg), rollout.is_answer
+        found[len(where)] = int((rollout.logp == logp)[where].sum()), int(where.sum())
+    return found
+
+
+def over_all(found):
+    same, tokens = map(sum, zip(*found.values()))
+    return same / tokens
+
+
+def back(operator):
+    return type("Back", (ExactNumerics,), {operator: getattr(Numerics, operator)})
+
+
+def turned_back(mine):
+    kind = getattr(mine, "Mine", None)
+    require(isinstance(kind, type) and issubclass(kind, ExactNumerics), "Mine is a class that is made "
+            "from ExactNumerics.")
+    exact = over_all(shares(ExactNumerics("bf16")))
+    require(exact == 1, f"Exact mode itself has an exact_share of {exact:.4f} on this machine. Show "
+            "this to the instructor.")
+    plain = [n for n in OPERATORS if getattr(kind, n) is getattr(Numerics, n)]
+    require(plain, f"Mine turns nothing back. In the class: product = Numerics.product, or another of "
+            f"{', '.join(OPERATORS)}.")
+    require(len(plain) == 1, f"Mine turns back {', '.join(plain)}: one at a time, to see which does "
+            "it.")
+    by_rows = shares(kind("bf16"))
+    told = ", ".join(f"{rows} at once {a / b:.2f}" for rows, (a, b) in by_rows.items())
+    if over_all(by_rows) == 1:
+        do = [n for n in OPERATORS if over_all(shares(back(n)("bf16"))) < 1]
+        require(not do, f"With the plain {plain[0]} exact_share is still 1 here: this machine's library "
+                f"adds in one order anyway. Turn back another one; here it is {', '.join(do)} that "
+                "make a difference.")
+        yield "on this machine no operator makes a difference: its library adds in one order anyway"
+    else:
+        yield f"with the plain {plain[0]}, in BF16, exact_share is no longer 1. Answers: {told}"
+    order = word(mine, "ORDER", "of what, in words, does the order of a plain product's sums depend?")
+    known = ("shape", "row", "size", "batch", "thread", "call", "many", "length", "number", "kernel")
+    require(any(k in order.lower() for k in known), f"ORDER says {order!r}. A library picks its kernel, "
+            "and with it the order, by something that differs between 128 answers at once and one "
+            "token more for each. docs/exact.md has a table.")
+    yield f"and the order depends on: {order}"
+
+
+def proof(mine):
+    folder = word(mine, "RUN", "the folder of a run with --exact --precision bf16; python -m workshop "
+                  "run 7 makes out/workshop/07-exact")
+    found = steps_of(folder)
+    require(found, f"RUN: there is no finished run in {folder}.")
+    cfg, steps = found
+    require(cfg["precision"] == "bf16" and cfg["rollout_precision"] in ("", "bf16"), f"RUN: {folder} is "
+            f"a run in {cfg['precision']}, and BF16 is asked.")
+    require(cfg["exact"], f"RUN: {folder} ran without --exact. Its KL is small, and not 0.")
+    worst = max(steps, key=lambda m: m["kl_k3"])
+    require(all(m["exact_share"] == 1 and m["kl_k3"] == 0 for m in steps), f"RUN: in step "
+            f"{worst['step']} the KL is {worst['kl_k3']}. Show this to the instructor.")
+    tokens = sum(m["tokens"] for m in steps)
+    yield f"{shown(folder)}: {tokens:,} tokens of {len(steps)} steps in BF16, each with the same bits " \
+          "on both sides. KL 0"
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def jobs(mine, flags):
+    return {"07-mine": [*JOB, "--precision", "bf16", *flags],
+            "07-exact": [*JOB, "--precision", "bf16", "--exact", *flags]}
+
+
+def install(mine):
+    """Both sides compute with Mine; not in the run with --exact."""
+    if "--exact" not in sys.argv:
+        from run import start
+        start.numerics = lambda fmt, device="cpu", fast=True, exact=False: mine.Mine(fmt, device)

@@ -1,0 +1,31 @@
+"""Exercise 6: mismatch and its cures. The page is workshop/pages/06_cures.md"""
+
+# Flags of train_rl.py for four runs. The first is given; each of the others changes one thing.
+ARMS = {
+    # FP32 on both sides; --old-policy recomputed: the ratio forgets the sampler
+    "fp32": "--precision fp32 --old-policy recomputed",
+    # training in e8m2, two mantissa bits; the rollout stays in FP32
+    "mismatch": "--precision fp32 --old-policy recomputed",
+    # as mismatch, and each token weighed by pi / mu, at most 2
+    "token-tis": "--precision fp32 --old-policy recomputed",
+    # e8m2 on both sides
+    "matched": "--precision fp32 --old-policy recomputed",
+}
+
+# After python -m workshop run 6: which of them collapsed? Rule: the accuracy of the last ten steps
+# is 0.2 or more below that of the best ten.
+COLLAPSED = []
+
+# Why does token-TIS help? A letter.
+#   a  it makes rollout and training compute the same numbers
+#   b  it weighs each token's gradient by pi / mu, at most 2: what mu sampled too often counts less
+#   c  it makes the learning rate smaller
+#   d  it leaves out the answers that are wrong
+TIS = ""
+
+# Why do matched formats help? A letter.
+#   a  two mantissa bits are enough to hold every gradient
+#   b  the rollout's noise makes the policy explore
+#   c  the policy that acts is the policy that learns: the gradient is that of what was sampled
+#   d  FP32 on the rollout's side was too slow to keep up
+MATCHED = ""
