@@ -12,7 +12,7 @@ from data.tasks import make_task
 from train_rl import Config
 
 PAGES = {p.relative_to(ROOT).as_posix(): p.read_text(encoding="utf-8")
-         for p in (ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md")))}
+         for p in (ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "workshop").rglob("*.md"))) if "mine" not in p.parts}
 
 
 def test_the_readme_is_short():
@@ -27,16 +27,16 @@ def test_what_a_page_names_is_there(page):
     assert not [file for file, _ in links if "://" not in file and not (folder / file).exists()]
     headings = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.M)}
     assert not [anchor for file, anchor in links if anchor and not file and anchor not in headings]
-    own = {m for m in re.findall(r"python -m ([\w.]+)", text) if m.partition(".")[0] in ("experiments", "data", "run", "tests")}
+    own = {m for m in re.findall(r"python -m ([\w.]+)", text) if m.partition(".")[0] in ("experiments", "data", "run", "tests", "report")}
     own -= {f[:-3].replace("/", ".") for f in re.findall(r"^ +# (\w+/\w+\.py):", text, re.M)}      # yours to write
     assert not [m for m in own if not file_of(m) and not (ROOT / f"{m.replace('.', '/')}.py").exists()]
     source = "".join(path.read_text(encoding="utf-8") for path in FILES.values())
     settings = {f.name.replace("_", "-") for f in dataclasses.fields(Config)}
-    foreign = {"--index-url", "--help"}                             # pip's, argparse's
+    foreign = {"--index-url", "--no-index", "--find-links", "--cert", "--help"}          # pip's, argparse's
     flags = {f for f in re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text)} - foreign
     assert not [f for f in flags if f[2:].removeprefix("no-") not in settings and f'"{f}"' not in source]
-    named = re.findall(r"`((?:operators|run|data|hf|experiments|tests|docs)/[\w./]*)`", text)
-    assert not [n for n in named if not (ROOT / n).exists() and not n.startswith("data/fetched")]
+    named = re.findall(r"`((?:operators|run|data|hf|experiments|tests|docs|report|workshop)/[\w./]*)`", text)
+    assert not [n for n in named if not (ROOT / n).exists() and not n.startswith(("data/fetched", "workshop/mine"))]
 
 
 def test_the_step_in_numbers_adds_up():

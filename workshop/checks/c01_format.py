@@ -101,6 +101,10 @@ def normal(mine, v):
     yield "what lies between two numbers goes to the nearest"
     middle = (low + high) / 2
     y, odd = given(mine, middle, 5, 10), np.arange(len(low)) % 2 == 1         # v begins with an even
+    ours = np.isin(y, v)
+    at, got = first(~ours, middle, y)
+    require(ours.all(), f"{at} lies halfway between two numbers and became {got}, which is no number "
+            "of FP16: the spacing is too fine. Between 1 and 2 it is 2^-man.")
     even = np.where(odd, high, low)
     at, got, want = first(y != even, middle, y, even)
     tie = (f"{at} lies halfway between two numbers, and you gave {got}. A tie goes to the number "
@@ -134,6 +138,11 @@ def edges(mine, v):
     truth = np.where(np.isinf(truth), np.copysign(2.0 ** -14, truth), truth)
     truth, points = truth[np.abs(points) < 2.0 ** -14], points[np.abs(points) < 2.0 ** -14]
     at, got, want = first(y != truth, points, y, truth)
+    finer = given(mine, np.array([2.0 ** -30]), 5, 10)[0] == 0            # else it goes on for ever
+    twice = finer and (np.abs(y[y != truth]) % 2.0 ** -25 == 0).all()
+    require((y == truth).all() or not twice, f"Near zero {at} became {got} and not {want}: your "
+            "smallest number is 2^-25, FP16's is 2^-24. The bias of the exponent is 2^(X-1) - 1, for "
+            "FP16 15.")
     require((y == truth).all(), f"Near zero {at} became {got} and not {want}: below 2^-14 the "
             "spacing no longer shrinks, it stays 2^-24.")
     yield "subnormals"

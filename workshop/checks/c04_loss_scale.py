@@ -51,24 +51,28 @@ def gradients():
 
 
 def shares(mine):
-    tiny = [2.0 ** -25, -(2.0 ** -26), 2.0 ** -30]                      # these become 0
-    kept = [2.0 ** -24, -1.5 * 2.0 ** -25, 0.7 * 2.0 ** -24, 1.0, -3.0]  # these do not
+    tiny = [2.0 ** -25, -(2.0 ** -26), 2.0 ** -30]                              # these become 0
+    kept = [2.0 ** -24, -1.5 * 2.0 ** -25, 0.7 * 2.0 ** -24, 1.0, -3.0, -1.0]   # these do not
+    some, zeros = tiny + kept, [0.0] * 12
     for scale in (1.0, 2.0 ** 10, 2.0 ** -6):
-        x = torch.tensor([v / scale for v in tiny + kept] + [0.0] * 12)
+        x = torch.tensor([v / scale for v in some] + zeros)
         got = float(call(mine, "lost", x, scale))
-        few = f"lost, with 3 gradients of 8 that become 0, 12 that were 0 already, and a scale of " \
-              f"{scale:g}, gave {got:.4g}"
-        require(not close(got, 15 / 20), f"{few}: it counts those that were 0 before. Of the numbers "
-                "that are not 0, how many become 0?")
-        require(not close(got, 3 / 20), f"{few}: it divides by all numbers. The share is that of the "
-                "numbers that are not 0.")
-        require(not close(got, 5 / 8), f"{few}: it counts what lies below FP16's smallest number, "
-                "2^-24. What lies above half of that is rounded up to it, not to 0.")
-        require(not close(got, 6 / 8), f"{few}: it counts negative numbers as lost: look at their "
+        few = (f"lost, with {len(tiny)} gradients of {len(some)} that become 0, {len(zeros)} that were 0 "
+               f"already, and a scale of {scale:g}, gave {got:.4g}")
+        every = len(some) + len(zeros)
+        below = sum(abs(v) < SMALLEST for v in some) / len(some)
+        negative = sum(v <= SMALLEST / 2 for v in some) / len(some)
+        require(not close(got, (len(tiny) + len(zeros)) / every), f"{few}: it counts those that were 0 "
+                "before. Of the numbers that are not 0, how many become 0?")
+        require(not close(got, len(tiny) / every), f"{few}: it divides by all numbers. The share is that "
+                "of the numbers that are not 0.")
+        require(not close(got, below), f"{few}: it counts what lies below FP16's smallest number, 2^-24. "
+                "What lies above half of that is rounded up to it, not to 0.")
+        require(not close(got, negative), f"{few}: it counts negative numbers as lost: look at their "
                 "size.")
         require(got != 0, f"{few}: nothing is lost.")
-        require(close(got, 3 / 8), f"{few}, not 0.375. Multiply by the scale, round to FP16, look for "
-                "zeros.")
+        require(close(got, len(tiny) / len(some)), f"{few}, not {len(tiny) / len(some):.3f}. Multiply by "
+                "the scale, round to FP16, look for zeros.")
     yield "lost: the share of gradients that FP16 turns into 0"
 
 

@@ -21,8 +21,9 @@ VERDICTS = "A is better", "B is better", "not shown"
 
 
 def check(mine):
-    yield from task(mine)
+    own, drawn = task(mine)
     yield from rewards(mine)
+    yield from demonstrator(mine, own, drawn)
     yield from metric(mine)
     yield from interval(mine)
     yield from experiment(mine)
@@ -44,6 +45,10 @@ def task(mine):
     longest = max(len(p.prompt) + len(p.answer) for p in drawn)
     require(longest <= 60, f"A prompt and its answer have up to {longest} characters. Keep them below "
             "60, so that a run takes seconds.")
+    return own, drawn
+
+
+def demonstrator(mine, own, drawn):
     right = [float(own.reward(p, own.demonstrate(p, np.random.default_rng(i))))
              for i, p in enumerate(drawn)]
     share = sum(r == 1 for r in right) / len(right)
@@ -71,8 +76,8 @@ def rewards(mine):
             return float(r)
         require(of(p.answer) == 1, f"reward gives {of(p.answer):g} for the right answer {p.answer!r} to "
                 f"{p.prompt!r}.")
-        require(of("") < 1, "reward gives 1 for an empty answer.")
         require(of("zzz") < 1, "reward gives 1 for the answer 'zzz'.")
+        require(of("") < 1, "reward gives 1 for an empty answer.")
         if other.answer != p.answer:
             require(of(other.answer) < 1, f"reward gives 1 for {other.answer!r}, and the answer to "
                     f"{p.prompt!r} is {p.answer!r}.")
