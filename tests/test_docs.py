@@ -11,8 +11,9 @@ from algorithms import Tokens, centred, clipped, constant
 from data.tasks import make_task
 from train_rl import Config
 
-PAGES = {p.relative_to(ROOT).as_posix(): p.read_text(encoding="utf-8")
-         for p in (ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "workshop").rglob("*.md"))) if "mine" not in p.parts}
+FOUND = [ROOT / "README.md", ROOT / "RESULTS.md", *(p for f in ("docs", "workshop") for p in sorted((ROOT / f).rglob("*.md")))]
+PAGES = {p.relative_to(ROOT).as_posix(): p.read_text(encoding="utf-8") for p in FOUND if "mine" not in p.parts}
+OWN = "experiments", "data", "run", "tests", "report"                   # whose modules are commands
 
 
 def test_the_readme_is_short():
@@ -27,7 +28,7 @@ def test_what_a_page_names_is_there(page):
     assert not [file for file, _ in links if "://" not in file and not (folder / file).exists()]
     headings = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.M)}
     assert not [anchor for file, anchor in links if anchor and not file and anchor not in headings]
-    own = {m for m in re.findall(r"python -m ([\w.]+)", text) if m.partition(".")[0] in ("experiments", "data", "run", "tests", "report")}
+    own = {m for m in re.findall(r"python -m ([\w.]+)", text) if m.partition(".")[0] in OWN}
     own -= {f[:-3].replace("/", ".") for f in re.findall(r"^ +# (\w+/\w+\.py):", text, re.M)}      # yours to write
     assert not [m for m in own if not file_of(m) and not (ROOT / f"{m.replace('.', '/')}.py").exists()]
     source = "".join(path.read_text(encoding="utf-8") for path in FILES.values())
