@@ -21,7 +21,7 @@ from operators import numerics
 from operators.device import pick_device
 from run.base import find_base, gpt_config, load_task
 from run.checks import compare
-from run.console import run_main
+from run.console import Parser, run_main
 from train_rl import Config
 
 FORMATS = "fp32", "bf16", "fp16"
@@ -113,7 +113,8 @@ def watched(case, tokens, fmt, exact=False):
     return compare(model.use(num.hold(model.parameters())), tokens, len(prompts[0]))
 
 
-def main():
+def main(argv=None):
+    Parser(prog="experiments.explain", description=__doc__.split("\n\n")[0]).parse_args(argv)
     case, weights = study()
     modes, start = [f + end for end in ("", " exact") for f in FORMATS], len(case[1][0])
     answers = {mode: out for mode, *out in passes(case, modes, 3)}

@@ -53,7 +53,8 @@ def learning(s):
     color = BAD if "falls" in s.off else GOOD if b >= 0.95 or b > a + 0.02 else LOOK
     return color, "Does it learn?", f"accuracy {a:.2f} to {b:.2f}", s.off.get("falls") or (
         "Means of the first and the last five steps."
-        + " It is level: look at the groups without signal below." * (color == LOOK))
+        + " It falls: try a lower learning rate." * (color == LOOK and b < a - 0.02)
+        + " It is level: look at the groups without signal below." * (color == LOOK and b >= a - 0.02))
 
 
 def entropy(s):
@@ -68,8 +69,8 @@ def entropy(s):
 def clipped(s):
     x = s.last("clipped_share")
     return grade(x, 0.05, 0.2), "How much is clipped?", f"{x:.1%} of the tokens", (
-        "Tokens whose ratio has left the clip range get no gradient. With one update a batch there "
-        "are none.")
+        "Tokens whose ratio has left the clip range get no gradient. Before the first update of a "
+        "batch there are none.")
 
 
 def truncated(s):

@@ -5,6 +5,7 @@ markup.
 import html
 import json
 import math
+import os
 import pathlib
 import re
 
@@ -235,7 +236,8 @@ def build(folders, watch=False):
         beside='<a href="#compare">Side by side</a> ' * several,
         checks="".join(found), samples=samples(run), worst=worst(run), numbers=numbers(run),
         notes=element("ul", notes) if notes else element("p", "None: nothing was off."),
-        compare=compare(runs) if several else "", style=uplot_css + css, script=uplot + js,
+        compare=compare(runs) if several else "", both=both(runs) if several else "",
+        curves=PLOTS * several, plots=PLOTS * (not several), style=uplot_css + css, script=uplot + js,
         data=data(script_data(runs, watch)))
     return re.sub(r"\{\{(\w+)\}\}", lambda m: fill[m[1]], page)
 
@@ -249,19 +251,50 @@ def write(folders, path="", watch=False):
     return path
 
 
+def short_names(runs):
+    """Of their folders what tells them apart."""
+    paths = [r.folder.resolve() for r in runs]
+    common = os.path.commonpath(paths) if len(set(paths)) > 1 else paths[0].parent
+    return [str(p.relative_to(common)) for p in paths]
+
+
 def compare(runs):
-    """Settings that differ, how each ended, and what each answered to the same problems."""
-    keys = differing(runs)
-    rows = [[*map(text, (r.folder, *(r.config.get(k) for k in keys), r.verdict(), good(checks(r.steps)),
-                         " ".join(f"Step {step}: {s}." for step, s in r.notes())))] for r in runs]
-    out = table(["run", *map(flag, keys), "how it stands", "checks", "notes"], rows, class_="wrapped")
-    last = [{g["prompt"]: g for g in r.groups} for r in runs]
+    """Settings that differ, how each ended, and every metric of all, in the first step and the last
+    five."""
+    keys, names = differing(runs), short_names(runs)
+    rows = [[*map(text, (name, *(r.config.get(k) for k in keys), r.verdict(), good(checks(r.steps)),
+                         " ".join(f"Step {step}: {s}." for step, s in r.notes()[:3])))]
+            for name, r in zip(names, runs)]
+    out = table(["run", *map(flag, keys), "how it stands", "checks", "first notes"], rows,
+                class_="wrapped")
+    head = ["metric", *(text(f"{name}, {when}") for when in ("step 1", "end") for name in names)]
+    metrics = list(dict.fromkeys(k for r in runs for m in r.steps for k in m if k != "step"))
+    ends = [r.steps[:1] for r in runs] + [r.steps[-5:] for r in runs]
+    lines = [[text(k), *(mean(some, k) for some in ends)] for k in metrics]
+    numbers = element("div", table(head, lines), class_="wide")
+    end = element("summary", "every metric: the first step, and the mean of the last five")
+    return element("section", element("h2", "Side by side"), out, element("details", end, numbers),
+                   id="compare")
+
+
+def mean(steps, key):
+    found = [float(m[key]) for m in steps if key in m]
+    return text(f"{sum(found) / len(found):.4g}") if found else ""
+
+
+def both(runs):
+    """What each run answered to the same problems."""
+    last, out = [{g["prompt"]: g for g in r.groups} for r in runs], ""
     for prompt in [p for p in last[0] if all(p in others for others in last)][:5]:
         groups = [others[prompt] for others in last]
-        head = [f"{text(r.folder)}, step {g['step']}" for r, g in zip(runs, groups)]
+        head = [f"{text(name)}, step {g['step']}" for name, g in zip(short_names(runs), groups)]
         cells = ["".join(element("p", text(a["text"]), class_=judged(a)) for a in g["answers"])
                  for g in groups]
         out += element("h3", text(prompt)) + table(head, [cells])
     if not set(last[0]).intersection(*last):
-        out += element("p", "No problem was recorded in all of them.")
-    return element("section", element("h2", "Side by side"), out, id="compare")
+        out = element("p", "No problem was recorded in all of them.")
+    return element("section", element("h2", "The same problems"), out, id="both")
+
+
+PLOTS = ('<section id="curves"><h2>Curves</h2><div id="plots"></div><noscript><p>Curves need JavaScript. '
+         "Their numbers are in the table below.</p></noscript></section>")

@@ -8,6 +8,7 @@
     python -m workshop status        # how far you are
 """
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from precision import InputError
 from run.console import Parser, run_main
 from run.lines import say, wrapped
 from workshop import ladder
-from workshop.ladder import EXERCISES, Wrong, fresh, keep, passed, place, read, shown
+from workshop.ladder import EXERCISES, Shown, Wrong, fresh, keep, passed, place, read, shown, steps_of
 
 CORE = "precision.py", "model.py", "sample.py", "algorithms.py", "train_rl.py", "operators", "run"
 
@@ -50,17 +51,19 @@ def check(number):
     core_changed()
     try:
         for line in checks.check(read(e.path) if number else None):
-            say(wrapped(line, "  right    ", " " * 11))
+            say(line if isinstance(line, Shown) else wrapped(line, "  right    ", " " * 11))
     except Wrong as wrong:
         say(wrapped(str(wrong), "  not yet  ", " " * 11))
         return 1
     if number == 0:
         return 0
+    again = number in passed()
     keep(number)
-    say(f"\nExercise {number}, {e.title}: passed, in {time.time() - begin:.0f} seconds.\n\n"
-        f"One way to write it, {shown(e.solution)}:\n")
-    say("\n".join("    " + line for line in e.solution.read_text(encoding="utf-8").splitlines()))
-    say("\n" + wrapped(f"Think about it: {e.why}"))
+    say(f"\nExercise {number}, {e.title}: passed, in {time.time() - begin:.1f} s.")
+    if not again and not hasattr(e.checks, "SPOILS"):
+        say(f"\nOne way to write it, {shown(e.solution)}:\n")
+        say("\n".join("    " + line for line in e.solution.read_text(encoding="utf-8").splitlines()))
+    say("\n" + wrapped(f"Think about it: {e.why} (Answers: workshop/INSTRUCTOR.md, at its end.)"))
     after = [n for n in EXERCISES if n not in passed()]
     say(f"\nNext: python -m workshop start {after[0]}" if after else "\nThat was the last one.")
     return 0
@@ -88,24 +91,29 @@ def run(number, flags):
     """The program with what the participant wrote. Some exercises have several runs: then as many
     at a time as there are cores, each with one thread."""
     e = EXERCISES[number]
-    jobs = e.checks.jobs(read(e.path), flags)                       # name -> flags
+    mine = read(e.path)
+    if hasattr(e.checks, "run"):
+        return e.checks.run(mine, flags)
+    jobs = e.checks.jobs(mine, flags)                               # name -> flags
+    say(f"with {shown(e.path)}" + ", whose check is not passed yet" * (number not in passed()))
     command = [sys.executable, "-m", "workshop.trainer", str(number), str(e.path)]
     if len(jobs) == 1:
         (name, one), = jobs.items()
+        name = "-".join([name, *re.findall(r"\w[\w.-]*", " ".join(flags))])      # a folder for these flags
         out = ["--out", str(fresh(place(name)))] if "--out" not in one else []
         return subprocess.run([*command, *one, *out], cwd=ROOT).returncode
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    todo = {name: [*command, *one, "--out", str(fresh(place(name)))] for name, one in jobs.items()}
+    done = {name for name in jobs if name.endswith("-sound") and not flags and steps_of(place(name))}
+    todo = {name: [*command, *one, "--out", str(fresh(place(name)))] for name, one in jobs.items()
+            if name not in done}
     say(f"{len(todo)} runs, into {shown(ladder.RUNS)}")
 
     def once(item):
         name, line = item
         begin = time.time()
-        done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, encoding="utf-8",
-                              errors="replace")
-        last = (done.stdout.strip().splitlines() or [""])[-1]
-        said = (done.stderr.strip().splitlines() or [last])[-1]
-        return name, done.returncode, said, time.time() - begin
+        ran = subprocess.run(line, cwd=ROOT, capture_output=True, encoding="utf-8", errors="replace")
+        last = (ran.stdout.strip().splitlines() or [""])[-1]
+        said = (ran.stderr.strip().splitlines() or [last])[-1]
+        return name, ran.returncode, said, time.time() - begin
     failed = 0
     first, *others = todo.items()            # alone: it makes the base model that all begin with
     for some in ([first], others):
@@ -117,6 +125,8 @@ def run(number, flags):
     if (place(next(iter(jobs))) / "metrics.jsonl").exists():
         from report import page
         folders = [place(name) for name in jobs if (place(name) / "metrics.jsonl").exists()]
+        if hasattr(e.checks, "beside"):
+            say(e.checks.beside(mine))
         say(f"side by side, to open in a browser: "
             f"{shown(page.write(folders, place(e.name) / 'report.html'))}")
     return 1 if failed == len(jobs) else 0
@@ -138,7 +148,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     p = Parser(prog="workshop", description="Eight exercises that check themselves.",
                usage="python -m workshop start|check|run N, or status", allow_abbrev=False)
-    p.add_argument("what", choices=("start", "check", "run", "status"))
+    p.add_argument("what", nargs="?", default="status", choices=("start", "check", "run", "status"))
     p.add_argument("number", nargs="?", type=int, choices=range(len(EXERCISES) + 1))
     p.add_argument("--again", action="store_true", help="with start: begin anew")
     own, flags = (argv[:2], argv[2:]) if argv[:1] == ["run"] else (argv, [])

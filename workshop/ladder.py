@@ -70,6 +70,10 @@ class Wrong(Exception):
     """What is not right, and why, in plain words."""
 
 
+class Shown(str):
+    """What a check shows along the way: printed as it is."""
+
+
 def require(condition, words):
     if not condition:
         raise Wrong(words)
@@ -95,6 +99,18 @@ def call(mine, name, *args):
         return function(*args)
 
 
+def one_number(mine, name, *args):
+    """The same for a function that gives one number -> a float."""
+    x = call(mine, name, *args)
+    require(getattr(x, "size", 1) == 1 if not hasattr(x, "numel") else x.numel() == 1, f"{name} gave "
+            f"{x!r:.60}: several numbers, and one is asked." + " polyfit gives slope and intercept: take "
+            "[0]." * (name == "slope"))
+    try:
+        return float(x)
+    except (TypeError, ValueError):
+        raise Wrong(f"{name} gave {x!r:.60}, and a number is asked.") from None
+
+
 def number(mine, name, what):
     """mine.NAME, a number that the participant fills in."""
     x = getattr(mine, name, None)
@@ -108,8 +124,10 @@ def word(mine, name, what, known=()):
     """mine.NAME, a text that the participant fills in, one of `known` if there are such."""
     x = getattr(mine, name, "")
     require(isinstance(x, str) and x.strip(), f"{name} is still empty: {what}")
-    require(not known or x in known, f"{name} is {x!r}. It is one of: {', '.join(known)}.")
-    return x.strip()
+    x = x.strip()
+    same = [k for k in known if k.lower() == x.lower()]
+    require(not known or same, f"{name} is {x!r}. It is one of: {', '.join(known)}.")
+    return same[0] if same else x
 
 
 def close(x, truth, relative=1e-4):

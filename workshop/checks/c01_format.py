@@ -128,6 +128,7 @@ def edges(mine, v):
     yield "negative numbers"
     small = v[v < 2.0 ** -14]
     y = given(mine, small, 5, 10)
+    require(y[0] == 0, f"0 became {told(y[0])} and must stay 0. Do you take a logarithm of it?")
     require(not (y[1:] == 0).all(), f"{told(small[1])}, FP16's smallest number, became 0. Below "
             "2^-14 come the subnormals: the spacing stays 2^-24 down to 0.")
     at, got = first(y != small, small, y)
@@ -138,6 +139,7 @@ def edges(mine, v):
     truth = np.where(np.isinf(truth), np.copysign(2.0 ** -14, truth), truth)
     truth, points = truth[np.abs(points) < 2.0 ** -14], points[np.abs(points) < 2.0 ** -14]
     at, got, want = first(y != truth, points, y, truth)
+    at += " (a tie)" * (float(at) % 2.0 ** -24 == 2.0 ** -25)
     finer = given(mine, np.array([2.0 ** -30]), 5, 10)[0] == 0            # else it goes on for ever
     twice = finer and (np.abs(y[y != truth]) % 2.0 ** -25 == 0).all()
     require((y == truth).all() or not twice, f"Near zero {at} became {got} and not {want}: your "
@@ -151,6 +153,9 @@ def edges(mine, v):
             "becomes inf: a wrong number would go unnoticed.")
     require(np.isinf(y).all(), f"65520, 1e6 and 1e30 became {', '.join(map(told, y))}. All three "
             "are too large for FP16 and become inf.")
+    y = given(mine, np.array([-65520.0, -1e30]), 5, 10)
+    require((y == -np.inf).all(), f"65520 becomes inf, as it should, but -65520 became {told(y[0])} and "
+            "not -inf.")
     y = given(mine, np.array([65504.0, 65519.0]), 5, 10)
     require((y == 65504).all(), f"65519 became {told(y[1])}. It is nearer to 65504, the largest "
             "number, than to 65536, where inf begins: inf is from 65520 on.")
@@ -177,7 +182,11 @@ def sums(mine):
                  f"is {told(float(a + b))}")
         require(x != float(a + b) or x == truth, f"{name}: {steps}, and that is no number of {fmt} "
                 "yet: the result is rounded as well.")
-        require(x == truth, f"{name} is {told(x)}. {steps}. Which number of {fmt} is nearest?")
+        v = [Fraction(t) for t in numbers(exp, man)]
+        tie = any(2 * (a + b) == low + high for low, high in zip(v, v[1:]))
+        require(x == truth, f"{name} is {told(x)}. {steps}. " + ("That lies exactly halfway between two "
+                f"numbers of {fmt}: which of them is even?" if tie else
+                f"Which number of {fmt} is nearest?"))
     yield "0.1 + 0.2 is what you said, in FP16 and in BF16"
 
 

@@ -7,12 +7,13 @@ import torch
 
 from data import draw_problems, stream
 from data.tokenizer import STOP, encode
+from experiments import explain
 from experiments.explain import study, watched
 from experiments.mismatch import passes
 from operators.device import pick_device
 from run.base import get_base, load_task
 from train_rl import parse_config
-from workshop.ladder import JOB, Wrong, call, close, number, require, word
+from workshop.ladder import JOB, Shown, Wrong, close, number, one_number, require, word
 
 BITS = range(3, 11)
 
@@ -44,27 +45,31 @@ def k3(d):
     return series if abs(d) < 0.5 else math.exp(-d) - 1 + d
 
 
+OPERATORS = ("embedding", "norm", "qkv product", "rope", "attention", "out product", "residual sum",
+             "gate product", "swiglu", "down product")
+
+
 def check(mine):
-    prediction = word(mine, "PREDICTION", "write down which operator you expect, before you look.")
-    yield f"you predicted: {prediction}"
-    yield from gaps(mine)
-    yield from divergences(mine)
-    yield from slopes(mine)
-    found = {}
+    prediction = word(mine, "PREDICTION", "write down which operator you expect, before you look.",
+                      OPERATORS)
     case, weights = study()
-    tokens = next(passes(case, ["fp32"], 3))[1].tokens
+    tokens, found = next(passes(case, ["fp32"], 3))[1].tokens, {}
     for fmt in ("fp16", "bf16"):
-        found[fmt] = next((f"{op.where}, {op.name}" for op in watched(case, tokens, fmt) if op.differ),
-                          "none")
-    for fmt, truth in found.items():
-        name = f"FIRST_{fmt.upper()}"
-        said = word(mine, name, "what does python -m experiments.explain say? The first operator "
-                    f"whose column \"rounded\" is not 0 in {fmt}.")
+        op = next((op for op in watched(case, tokens, fmt) if op.differ), None)
+        truth = f"{op.where}, {op.name}" if op else "none"
+        found[fmt], name = truth, f"FIRST_{fmt.upper()}"
+        said = word(mine, name, "what does python -m workshop run 2 say? The first operator whose "
+                    f"column \"rounded\" is not 0 in {fmt}.")
+        require(simple(said) != simple(truth.partition(", ")[2]), f"{name}: {said!r} of which block? "
+                "Write it as \"blocks.1.mlp, swiglu\".")
         require(simple(said) == simple(truth), f"{name}: not {said!r}. Look at the column \"rounded\" "
                 f"of {fmt}, from the top: the first row that is not 0, such as \"blocks.1.mlp, "
                 "swiglu\". \"differ\" is before rounding.")
-    yield f"on this machine (with {weights}) they part in {found['fp16']} in FP16, in " \
-          f"{found['bf16']} in BF16"
+    yield (f"on this machine (with {weights}) they part in {found['fp16']} in FP16, in {found['bf16']} in "
+           f"BF16. You predicted: {prediction}")
+    yield from gaps(mine)
+    yield from divergences(mine)
+    yield from slopes(mine)
     yield from measured(mine)
 
 
@@ -75,7 +80,7 @@ def simple(text):
 def gaps(mine):
     for size in (1.0, 1e-2, 1e-5):
         mu, pi, mask = answers(size)
-        d, x = differences(mu, pi, mask), float(call(mine, "gap", mu, pi, mask))
+        d, x = differences(mu, pi, mask), one_number(mine, "gap", mu, pi, mask)
         truth = mean([abs(t) for t in d])
         require(x != 0, "gap is 0, but the log-probs differ.")
         everywhere = float((mu - pi).abs().mean())
@@ -87,6 +92,10 @@ def gaps(mine):
                 "value of each token's difference first, the mean after it.")
         require(not close(x, math.fsum(abs(t) for t in d), 1e-3), "gap is a sum: divide by the "
                 "number of sampled tokens.")
+        rows = [mean([abs(t) for t in differences(*(y[i:i + 1] for y in (mu, pi, mask)))])
+                for i in range(len(mask))]
+        require(not close(x, mean(rows), 1e-3), "gap is the mean of the answers' means, so a short answer's "
+                "tokens count more. Take one mean over all sampled tokens.")
         require(close(x, truth, 1e-3), f"gap gave {x:.6g}. For differences of about {size:g} it "
                 f"should have been {truth:.6g}, the mean of |log mu - log pi| over sampled tokens.")
     yield "gap, at differences of 1, 0.01 and 0.00001"
@@ -96,7 +105,7 @@ def divergences(mine):
     for size in (1.0, 1e-2, 1e-4, 1e-6):
         mu, pi, mask = answers(size, 1)
         d = differences(mu, pi, mask)
-        truth, x = mean(list(map(k3, d))), float(call(mine, "kl", mu, pi, mask))
+        truth, x = mean(list(map(k3, d))), one_number(mine, "kl", mu, pi, mask)
         if size >= 1e-2:                                                 # below, FP32 decides
             require(x != 0, "kl is 0, but the policies differ.")
             require(not close(x, mean([k3(-t) for t in d]), 1e-3), "kl has the ratio upside down: "
@@ -124,7 +133,7 @@ def slopes(mine):
         x, y = bits, [math.log2(v) for v in values]
         sxy = math.fsum((a - mean(x)) * (b - mean(y)) for a, b in zip(x, y))
         sxx, syy = (math.fsum((t - mean(s)) ** 2 for t in s) for s in (x, y))
-        got, truth = float(call(mine, "slope", bits, values)), sxy / sxx
+        got, truth = one_number(mine, "slope", bits, values), sxy / sxx
         require(got != 0, "slope is 0.")
         require(not close(got, truth * math.log(2), 1e-3), "slope takes the natural logarithm: with "
                 "the logarithm to base 2, -1 means that each bit halves.")
@@ -152,14 +161,14 @@ def measured(mine):
     rows = []
     for bits, (_, rollout, logp) in zip(BITS, passes(case, [f"e8m{b}/fp32" for b in BITS], (0, 61))):
         both = rollout.logp, logp, rollout.is_answer
-        rows.append((bits, *(float(call(mine, name, *both)) for name in ("gap", "kl"))))
-    yield ("rollout in e8mY, training in FP32:  "
-           + "  ".join(f"{b} bits: gap {g:.1e}, kl {k:.1e}" for b, g, k in rows))
+        rows.append((bits, *(one_number(mine, name, *both) for name in ("gap", "kl"))))
+    yield Shown("           rollout in e8mY, training in FP32\n           bits       gap        kl\n" + "\n".join(
+        f"           {b:4} {g:9.1e} {k:9.1e}" for b, g, k in rows))
     bits, *both = zip(*rows)
     for name, values, what in zip(("GAP_BY", "KL_BY"), both, ("gap", "kl")):
         if not all(v > 0 for v in values):
             raise Wrong(f"{what} is not above 0 for every number of bits: {values}.")
-        found = float(call(mine, "slope", bits, values))
+        found = one_number(mine, "slope", bits, values)
         said = number(mine, name, f"your slope of log2({what}) is {found:.2f}. One bit more divides "
                       f"the {what} by what? Write down the whole number that is nearest.")
         require(said == round(2 ** -found), f"{name}: not {said:g}. Your slope of log2({what}) is "
@@ -167,20 +176,7 @@ def measured(mine):
         yield f"slope of log2({what}) {found:.2f}: one bit more divides the {what} by {said:g}"
 
 
-def jobs(mine, flags):
-    return {"02": [*JOB, "--rollout-precision", "e8m4", "--precision", "fp32", *flags]}
-
-
-def install(mine):
-    """`gap` and `kl` are in metrics.jsonl, as my_gap and my_kl."""
-    from run.meter import Meter
-    measure = Meter.measure
-
-    def with_mine(self, rows, logp=None):
-        differ = measure(self, rows, logp)
-        where = torch.zeros_like(self.answer)
-        where[rows] = self.answer[rows]
-        both = self.batch.rollout.logp, self.before, where
-        self.gaps |= {f"my_{name}": float(call(mine, name, *both)) for name in ("gap", "kl")}
-        return differ
-    Meter.measure = with_mine
+def run(mine, flags):
+    """Every operator of both passes, with one thread as here."""
+    explain.main(flags)
+    return 0

@@ -105,7 +105,11 @@ def losses(mine):
              "down: r = pi / pi_old = exp(logp - logp_old)."),
             (np.maximum(-a * (logp - old), -a * (logp - old).clip(1 - LOW, 1 + HIGH)), "loss takes "
              "logp - logp_old for the ratio. That is its logarithm: r = exp(logp - logp_old)."),
-            (truth / 2, "loss is half of what it should be.")):
+            (truth / 2, "loss is half of what it should be."),
+            (np.maximum(-a * (logp / old), -a * (logp / old).clip(1 - LOW, 1 + HIGH)), "loss divides "
+             "log-probs. The ratio is one of probabilities: exp(logp - logp_old)."),
+            (np.maximum(-a * r, -a * r.clip(0.8, 1.2)), "loss clips at 0.8 and 1.2. Use low and high."),
+            (-a * logp, "loss is -A log pi, REINFORCE: without a ratio, and without a clip.")):
         require(not like(other), words)
     wrong = np.abs(x - truth) > 1e-4 * scale
     i = np.unravel_index(int(wrong.argmax()), wrong.shape)

@@ -10,7 +10,7 @@ from operators.device import pick_device
 from precision import Numerics
 from run.base import get_base, load_task
 from train_rl import Batch, learn, parse_config
-from workshop.ladder import JOB, call, close, live, require
+from workshop.ladder import JOB, call, close, live, one_number, require
 
 SMALLEST = 2.0 ** -24                   # of FP16; half of it and less becomes 0
 
@@ -20,8 +20,8 @@ def check(mine):
     yield from scales(mine)
     yield from orders(mine)
     real = gradients()
-    scale = float(call(mine, "choose_scale", real))
-    told = ", ".join(f"2^{k}: {float(call(mine, 'lost', real, 2.0 ** k)):.1%}" for k in (0, 4, 8, 16))
+    scale = one_number(mine, "choose_scale", real)
+    told = ", ".join(f"2^{k}: {one_number(mine, 'lost', real, 2.0 ** k):.1%}" for k in (0, 4, 8, 16))
     yield (f"the {len(real):,} gradients of activations in one update of the real program, from "
            f"{float(real[real != 0].abs().min()):.0e} to {float(real.abs().max()):.0e}: lost with a "
            f"scale of {told}. You choose 2^{math.log2(scale):.0f}")
@@ -29,7 +29,8 @@ def check(mine):
     norms = [m["grad_norm"] for m in steps if isinstance(m["grad_norm"], float)]    # else "inf"
     require(norms, "A run with it begins with a scale of 2^32, and every update is skipped.")
     yield (f"a live run from a scale of 2^32: {steps[-1]['skipped_steps']} updates skipped, then the "
-           f"scale is 2^{math.log2(steps[-1]['loss_scale']):.0f}, |g| {norms[-1]:.2f}")
+           f"scale is 2^{math.log2(steps[-1]['loss_scale']):.0f}, |g| {norms[-1]:.2f}. (Your scale is for "
+           "one update. Those of other steps have larger gradients, so the scaler goes on halving.)")
 
 
 def gradients():
@@ -56,19 +57,23 @@ def shares(mine):
     some, zeros = tiny + kept, [0.0] * 12
     for scale in (1.0, 2.0 ** 10, 2.0 ** -6):
         x = torch.tensor([v / scale for v in some] + zeros)
-        got = float(call(mine, "lost", x, scale))
+        got = one_number(mine, "lost", x, scale)
         few = (f"lost, with {len(tiny)} gradients of {len(some)} that become 0, {len(zeros)} that were 0 "
                f"already, and a scale of {scale:g}, gave {got:.4g}")
         every = len(some) + len(zeros)
         below = sum(abs(v) < SMALLEST for v in some) / len(some)
-        negative = sum(v <= SMALLEST / 2 for v in some) / len(some)
+        negative = [sum(v <= SMALLEST / 2 for v in some) / len(some),
+                    sum(v < SMALLEST / 2 for v in some) / len(some)]
+        early = sum(float(torch.tensor(v / scale).half()) * scale == 0 for v in some) / len(some)
+        require(scale == 1 or not close(got, early), f"{few}: it rounds to FP16 first and multiplies after "
+                "it. What became 0 stays 0: multiply first.")
         require(not close(got, (len(tiny) + len(zeros)) / every), f"{few}: it counts those that were 0 "
                 "before. Of the numbers that are not 0, how many become 0?")
         require(not close(got, len(tiny) / every), f"{few}: it divides by all numbers. The share is that "
                 "of the numbers that are not 0.")
         require(not close(got, below), f"{few}: it counts what lies below FP16's smallest number, 2^-24. "
                 "What lies above half of that is rounded up to it, not to 0.")
-        require(not close(got, negative), f"{few}: it counts negative numbers as lost: look at their "
+        require(not any(close(got, n) for n in negative), f"{few}: it counts negative numbers as lost: look at their "
                 "size.")
         require(got != 0, f"{few}: nothing is lost.")
         require(close(got, len(tiny) / len(some)), f"{few}, not {len(tiny) / len(some):.3f}. Multiply by "
@@ -81,7 +86,7 @@ def scales(mine):
         x = torch.tensor([largest, -largest / 3, largest * 1e-6, 0.0])
         truth = 2.0 ** max(k for k in range(-40, 60) if largest * 2.0 ** k < 65520)
         for y in (x, -x):
-            got = float(call(mine, "choose_scale", y))
+            got = one_number(mine, "choose_scale", y)
             words = f"choose_scale gave {got:g} for gradients up to {largest:g}"
             require(got > 0 and math.log2(got) == round(math.log2(got)), f"{words}: a power of two is "
                     "asked, since it changes the exponent alone.")
@@ -109,10 +114,12 @@ class Watched(torch.amp.GradScaler):
 
 def once(mine, gradient, scale, max_norm=1.0):
     """One update of weights 0 by plain SGD with learning rate 1 -> what it gave, weights, scaler."""
-    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in gradient]
+    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in gradient]          # one number each
     for w, g in zip(weights, gradient):
         w.grad = torch.tensor([g * scale])
     optimizer, scaler = torch.optim.SGD(weights, lr=1.0), Watched(scale)
+    emptied = optimizer.zero_grad
+    optimizer.zero_grad = lambda *args, **kw: scaler.calls.append("zero_grad") or emptied(*args, **kw)
     scaler.scale(torch.zeros(()))                              # as a backward pass would have done
     try:
         norm = call(mine, "update", weights, optimizer, scaler, max_norm)
@@ -128,8 +135,14 @@ def once(mine, gradient, scale, max_norm=1.0):
 def orders(mine):
     scale = 2.0 ** 12
     norm, w, scaler, grads = once(mine, [3.0, 4.0], scale)                # a norm of 5, clipped to 1
-    length, calls = math.hypot(*w), " then ".join(scaler.calls)
-    require(length > 0, "update left the weights where they were." + f" Calls: {calls}." * bool(calls))
+    length, calls, order = math.hypot(*w), scaler.calls, " then ".join(scaler.calls)
+    before = {name: name in calls[:calls.index("step")] for name in ("update", "zero_grad")
+              if "step" in calls}
+    require(not before.get("update"), f"scaler.update came before scaler.step: {order}. update changes the "
+            "scale and forgets what unscale_ has found; it ends an update.")
+    require(not before.get("zero_grad"), f"The gradients were gone when the step came: {order}. "
+            "optimizer.zero_grad ends an update.")
+    require(length > 0, "update left the weights where they were." + f" Calls: {order}." * bool(calls))
     require(not close(length, scale, 1e-2) and not close(length, 5 * scale, 1e-2), "The weights moved "
             f"by {length:g}: the gradients are still multiplied by the loss scale of {scale:g}. "
             "Unscale them, or let the scaler take the step.")

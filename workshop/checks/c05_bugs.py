@@ -9,46 +9,52 @@ import sys
 
 from operators.code import ROOT
 from tests.silent_bugs import BUGS, mutated
+from workshop import ladder
 from workshop.ladder import JOB, place, require, steps_of, word
 
-# What a participant calls it: the bug's name, and which of the curves it leaves as they were or not
+# What a participant calls it: the bug's name, the metric that tells most clearly, and what one sees
 NAMES = {
     "stop token never trained": (
         "the stop token counts as padding", "kept_share",
-        "The stop token is one of an answer's tokens: without it a share of them of 1 / len would be "
-        "left out of the loss. Look at kept_share."),
+        "the stop token is one of an answer's tokens. Left out of the loss, one token in len is missing: "
+        "kept_share is 1 - 1/len. Nothing else shows it"),
     "top-k": (
         "a filter that training does not know", "kl_k1",
-        "Sampling from the k likeliest makes each of them more probable than the full softmax says, "
-        "so log mu - log pi would be above 0 for every token, from the first step on: kl_k1 would be "
-        "as large as the gap."),
+        "each of the k likeliest tokens is more probable than the full softmax says. So log mu - log pi "
+        "is above 0 for every token, from the first step on: the gap is 1e-3, kl_k1 is as large, and "
+        "exact_share 0"),
     "gradients never added": (
         "gradients are never added", "grad_norm",
-        "If the parts of a batch were not added, |g| would be a fraction of the sound run's in the "
-        "first step, where both have the same weights and answers."),
+        "the last part of a batch counts alone. In the first step, where both have the same weights and "
+        "answers, |g| is less than a third of the sound run's. Accuracy rises, more slowly"),
     "rollout keeps old weights": (
         "the rollout keeps its first weights", "logp_gap_mean",
-        "If the rollout kept its first weights, the gap would be sound in the first step and grow "
-        "from the second on, as training goes away from it."),
+        "the gap is sound in the first step, and grows from the second on, as training goes away from "
+        "the rollout. Accuracy is level"),
     "weights never updated": (
         "neither side sees an update", "entropy",
-        "If both sides computed with the first weights, nothing would change but by chance: neither "
-        "accuracy nor entropy. The gap would stay small, |g| as in the first step."),
+        "nothing changes but by chance: neither accuracy nor entropy. The gap stays small, and |g| is as "
+        "in the first step"),
     "one noise per group": (
         "a group shares its noise", "frac_zero_std",
-        "If all answers of a group were drawn with the same random numbers, they would be the same: "
-        "every group would agree (frac_zero_std 1), and |g| would be 0."),
+        "the answers of a group are all the same, so every group agrees: frac_zero_std is 1, |g| is 0, "
+        "and nothing is learned"),
     "clip before unscale": (
         "clipping before unscaling", "grad_norm",
-        "A clip before unscale sees a gradient that is 2^16 times too large: |g| would be in the "
-        "thousands."),
+        "the clip sees a gradient that is 2^16 times too large: |g| is in the thousands. Adam hides the "
+        "rest"),
     "advantages of other answers": (
         "advantages of other answers", "accuracy",
-        "If answers got the advantages of others, the policy would be pushed at random: |g| would be "
-        "as large as ever, and accuracy would fall instead of rising."),
+        "good answers are pushed down as often as up: accuracy falls, entropy rises, and |g| is about "
+        "half of the sound run's in the first step, since pushes cancel"),
 }
 # Two formats with the same ten bits: the rollout has rounded weights of its own. Parts of 16 answers
 FLAGS = [*JOB, "--micro-batch", "16", "--precision", "fp16", "--rollout-precision", "tf32"]
+SHOWN = ("accuracy length entropy logp_gap_mean kl_k1 exact_share loss grad_norm kept_share "
+         "clipped_share frac_zero_std truncated loss_scale skipped_steps lr").split()
+SPOILS = True                           # the solution names another of the eight: it is not shown
+SHORT = {"acc": "accuracy", "len": "length", "ent": "entropy", "gap": "logp_gap_mean", "kl": "kl_k3",
+         "|g|": "grad_norm", "scale": "loss_scale", "skipped": "skipped_steps"}
 
 
 def bug_of(case):
@@ -57,9 +63,17 @@ def bug_of(case):
     return [*NAMES][digest[0] % len(NAMES)]
 
 
+def solved():
+    """The bugs that were named already: a text file beside the progress."""
+    path = ladder.MINE / "05_solved.txt"
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
 def begin(text):
-    """The stub with a case, drawn by chance."""
-    return text.replace("CASE = 0", f"CASE = {random.SystemRandom().randrange(1000, 10000)}")
+    """The stub with a case, drawn by chance among the bugs that were not named yet."""
+    left = [name for name in NAMES if name not in solved()] or [*NAMES]
+    cases = [case for case in range(1000, 10000) if bug_of(case) in left]
+    return text.replace("CASE = 0", f"CASE = {random.SystemRandom().choice(cases)}")
 
 
 def case_of(mine):
@@ -71,28 +85,61 @@ def case_of(mine):
 
 def check(mine):
     case = case_of(mine)
-    sound, sick = (steps_of(place(name)) for name in runs(case))
-    require(sound and sick, "The two runs are not there yet: python -m workshop run 5")
-    yield f"the sound trainer and trainer {case} have run, {len(sound[1])} and {len(sick[1])} steps"
+    both = [steps_of(place(name)) for name in runs(case)]
+    require(all(both), "The two runs are not there yet: python -m workshop run 5")
+    sound, sick = (steps for _, steps in both)
+    yield f"the sound trainer and trainer {case} have run, {len(sound)} and {len(sick)} steps"
     said = word(mine, "BUG", "which of the eight is it?", NAMES)
     evidence = word(mine, "EVIDENCE", "which metric tells, and what does it do?")
-    known = {k for m in sick[1] for k in m} - {"step"}
-    short = {"acc": "accuracy", "len": "length", "ent": "entropy", "gap": "logp_gap_mean",
-             "kl": "kl_k3", "|g|": "grad_norm", "scale": "loss_scale", "loss": "loss"}
-    named = known & set(re.findall(r"\w+", evidence)) | {
-        v for k, v in short.items() if k in re.findall(r"[\w|]+", evidence)}
+    words = re.findall(r"[\w|]+", evidence)
+    named = {SHORT.get(w, w) for w in words} & {k for m in sick for k in m} - {"step"}
     require(named, "EVIDENCE names no metric. Name one as metrics.jsonl or the step line has it, such "
             "as kl_k1 or |g|, and say what it does.")
     truth = bug_of(case)
-    require(said == truth, f"It is not {said!r}. {NAMES[said][2]} Here it is otherwise.")
-    yield f"it is {said!r}. You looked at {', '.join(sorted(named))}; most people look at " \
-          f"{NAMES[truth][1]}"
+    require(said == truth, f"It is not {said!r}. There {NAMES[said][2]}. Here it is otherwise.")
+    tells = [k for k in named if differs(sound, sick, k)]
+    require(tells, f"The name is right. But {', '.join(sorted(named))}: in your two runs that is nearly "
+            "the same, so it is no evidence. Which metric differs clearly?")
+    if said not in solved():
+        ladder.MINE.mkdir(exist_ok=True)
+        (ladder.MINE / "05_solved.txt").write_text("\n".join([*solved(), said]) + "\n", encoding="utf-8")
+    yield f"it is {said!r}, and {', '.join(sorted(tells))} tells; most clearly {NAMES[truth][1]}"
     yield f"in words: {NAMES[truth][2]}"
-    yield "another trainer: python -m workshop start 5 --again"
+    left = len(NAMES) - len(solved())
+    yield f"{left} of the eight are left: python -m workshop start 5 --again" if left else "all eight"
+
+
+def differs(sound, sick, key):
+    """Whether a metric is clearly another one, in the first step or in the mean of the first ten: by a
+    fifth, the mismatch by a factor of ten, and by anything where the sound run's never moves."""
+    a, b = ([float(m[key]) for m in steps[:10]] for steps in (sound, sick))
+    for one, two in ((a[0], b[0]), (sum(a) / len(a), sum(b) / len(b))):
+        if min(a) == max(a):
+            far = one != two
+        elif "gap" in key or "kl" in key:
+            far = not 0.1 < abs(two) / max(abs(one), 1e-12) < 10
+        else:
+            far = abs(one - two) > 0.2 * abs(one)
+        if far:
+            return True
+    return False
+
+
+def beside(mine):
+    """Metrics of both runs in some steps, as a table."""
+    both = [steps_of(place(name))[1] for name in runs(case_of(mine))]
+    at = [i for i in (0, 1, 4, 24) if i < min(map(len, both))]
+    head = "".join(f"{f'step {i + 1}':>10}" for i in at)
+    lines = [f"{'':16}{'sound':^{10 * len(at)}}  {'trainer ' + str(case_of(mine)):^{10 * len(at)}}",
+             f"{'':16}{head}  {head}"]
+    for key in SHOWN:
+        cells = ["".join(f"{float(steps[i][key]):10.3g}" for i in at) for steps in both]
+        lines.append(f"{key:16}{cells[0]}  {cells[1]}")
+    return "\n".join(lines)
 
 
 def runs(case):
-    return f"05-{case}-sound", f"05-{case}"
+    return "05-sound", f"05-{case}"
 
 
 def jobs(mine, flags):

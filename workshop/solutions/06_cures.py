@@ -1,3 +1,7 @@
+def weight(logp, logp_rollout):
+    return (logp - logp_rollout).exp().clamp(max=2)
+
+
 ARMS = {
     "fp32": "--precision fp32 --old-policy recomputed",
     "mismatch": "--precision e8m2 --rollout-precision fp32 --old-policy recomputed",
@@ -6,5 +10,4 @@ ARMS = {
     "matched": "--precision e8m2 --old-policy recomputed",
 }
 COLLAPSED = ["mismatch"]        # what the runs on your machine did is what counts
-TIS = "b"
 MATCHED = "c"
