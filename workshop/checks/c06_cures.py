@@ -12,7 +12,8 @@ from run.flags import check as check_flags
 from train_rl import parse_config
 from workshop.ladder import Shown, Wrong, call, place, require, steps_of, word
 
-BASE = [*LAB, "--device", "cpu", "--preset", "cpu"]
+# Of seeds 0 to 4 four collapse: with compiled operators all but 1, with plain ones all but 0
+BASE = [*LAB, "--device", "cpu", "--preset", "cpu", "--seed", "2"]
 BITS = "e8m2"
 ARMS = {                    # (rollout's format, training's), whether token-TIS weighs the tokens
     "fp32": ("fp32", "fp32", False),
@@ -94,7 +95,7 @@ def words(mine, steps, curves, ends):
             f"runs are {', '.join(ARMS)}.")
     if "mismatch" not in fell:
         raise Wrong("On this machine the run with the mismatch did not collapse, as one seed in five "
-                    "does not. Take another: python -m workshop run 6 --seed 2")
+                    "does not. Take another: python -m workshop run 6 --seed 3")
     for name in ARMS:
         require((name in said) == (name in fell), f"{name} {'did' if name in fell else 'did not'} "
                 f"collapse: its best ten steps were at {ends[name].max():.2f}, its last ten at "
