@@ -206,9 +206,12 @@ def differing(runs):
 def script_data(runs, watch):
     """What the script draws, and shows of a token that one points at."""
     keys = [k for k in differing(runs) if k != "seed"]    # who shares a label differs by the seed
+    labels = [" ".join(f"{flag(k)} {r.config.get(k)}" for k in keys) or "these settings" for r in runs]
+    seeds = {(label, r.config.get("seed")) for label, r in zip(labels, runs)}
+    if len(runs) > 1 and (len(set(labels)) == len(runs) or len(seeds) < len(runs)):
+        labels = short_names(runs)                                  # there are no seeds to put together
     out = []
-    for r in runs:
-        label = " ".join(f"{flag(k)} {r.config.get(k)}" for k in keys) or "these settings"
+    for label, r in zip(labels, runs):
         curves = {k: [finite(m[k]) if k in m else None for m in r.steps]
                   for k in (CURVES if len(runs) == 1 else FIRST)}
         ends = [(r.result or {}).get(f"heldout_{when}") for when in ("before", "after")]

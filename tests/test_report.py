@@ -154,9 +154,15 @@ def test_a_step_that_was_done_twice_counts_once(tmp_path):
 def test_runs_side_by_side(tmp_path):
     """Those that differ by their seed alone share a label, and so a curve."""
     folders = [a_run(tmp_path / f"{lr}-{seed}", config=CONFIG | dict(seed=seed, lr=lr)) for lr in (1e-3, 1e-2) for seed in (0, 1)]
+
+    def labels(source):
+        return [r["label"] for r in json.loads(re.search(r'id="data">(.*?)</script>', source)[1])["runs"]]
     source = page.build(folders)
-    data = json.loads(re.search(r'id="data">(.*?)</script>', source)[1])
-    assert [r["label"] for r in data["runs"]] == ["--lr 0.001"] * 2 + ["--lr 0.01"] * 2
+    assert labels(source) == ["--lr 0.001"] * 2 + ["--lr 0.01"] * 2
+    assert labels(page.build([folders[0], folders[2]])) == ["0.001-0", "0.01-0"]         # no seeds to put together
+    alike = [a_run(tmp_path / name, config=CONFIG) for name in ("sound", "sick")]
+    both = page.build(alike)
+    assert labels(both) == ["sound", "sick"] and "sick, step 1" in words(both) and "kept_share" in words(both)
     said = words(source)
     assert "Side by side" in said and "--seed" in said and "q12" in said and "--precision" not in said
     command([str(folders[0]), str(folders[1]), "--out", str(tmp_path / "two.html")])
