@@ -162,7 +162,7 @@ def test_runs_side_by_side(tmp_path):
     assert labels(page.build([folders[0], folders[2]])) == ["0.001-0", "0.01-0"]         # no seeds to put together
     alike = [a_run(tmp_path / name, config=CONFIG) for name in ("sound", "sick")]
     both = page.build(alike)
-    assert labels(both) == ["sound", "sick"] and "sick, step 1" in words(both) and "kept_share" in words(both)
+    assert labels(both) == ["sound", "sick"] and "sick, step 1" in words(both) and "frac_zero_std" in words(both)
     said = words(source)
     assert "Side by side" in said and "--seed" in said and "q12" in said and "--precision" not in said
     command([str(folders[0]), str(folders[1]), "--out", str(tmp_path / "two.html")])
