@@ -137,10 +137,13 @@ MUTANTS = {
         ("masked", "return (logp - logp_rollout).exp().clamp(max=2)",
          "r = (logp - logp_rollout).exp()\n    return r * (r <= 2)", "masked"),
         ("another cap", "max=2", "max=3", "it gave 3"),
+        ("capped before exp", ".exp().clamp(max=2)", ".clamp(max=2).exp()", "cap after exp"),
+        ("a whole answer", "(logp - logp_rollout).exp()", "(0 * logp + (logp - logp_rollout).sum(1, keepdim=True)).exp()",
+         "a whole answer"),
         ("formats exchanged", '"mismatch": "--precision e8m2 --rollout-precision fp32',
          '"mismatch": "--precision fp32 --rollout-precision e8m2', "wrong way round"),
         ("no mismatch", '"mismatch": "--precision e8m2 --rollout-precision fp32', '"mismatch": "--precision e8m2',
-         "the rollout is in e8m2"),
+         "Asked: rollout fp32"),
         ("the ratio to the rollout", '"matched": "--precision e8m2 --old-policy recomputed"', '"matched": "--precision e8m2"',
          "lacks --old-policy"),
         ("no correction", '\n                 "--correction token-tis"', "", "has no correction"),
@@ -162,11 +165,12 @@ MUTANTS = {
         ("halves", "x[:, 0:n:2] + x[:, 1:n:2]", "x[:, :n // 2] + x[:, n // 2:n]", "adds the halves"),
         ("the odd one is lost", "torch.cat((x[:, 0:n:2] + x[:, 1:n:2], x[:, n:]), 1)", "x[:, 0:n:2] + x[:, 1:n:2]",
          "left out"),
-        ("nothing turned back", "    product = Numerics.product", "    pass", "turns nothing back"),
-        ("two turned back", "    product = Numerics.product", "    product, swiglu = Numerics.product, Numerics.swiglu",
+        ("nothing turned back", "    attention = Numerics.attention", "    pass", "turns nothing back"),
+        ("two turned back", "    attention = Numerics.attention", "    attention, swiglu = Numerics.attention, Numerics.swiglu",
          "one at a time"),
-        ("no order is named", "the shape of the whole call: how many rows are multiplied at once", "luck",
-         "something that differs"),
+        ("the format's fault", 'ORDER = "b"', 'ORDER = "a"', "were in BF16"),
+        ("the numbers' fault", 'ORDER = "b"', 'ORDER = "c"', "the same numbers"),
+        ("too large", "(1e8, -1e8, 1.0)", "(1e300, -1e300, 1.0)", "3.4e38"),
         ("no run", "out/workshop/07-exact", "out/nowhere", "no finished run"),
         ("not exact", "out/workshop/07-exact", "out/workshop/07-mine", "without --exact")],
     8: [("one problem", 'word = "".join(rng.permutation(list("abcdefgh"))[:4])', 'word = "abcd"', "are different"),
@@ -188,6 +192,17 @@ MUTANTS = {
         ("unpaired", "4.303 * d.std(ddof=1) / np.sqrt(len(d))",
          "4.303 * np.sqrt((np.var(a, ddof=1) + np.var(b, ddof=1)) / 3)", "seed by seed"),
         ("the same arms", '"--lr 2e-5"', '"--lr 1e-3"', "nothing is compared"),
+        ("right with more beside it", "float(text == problem.answer)", "float(text.startswith(problem.answer))", "beside it"),
+        ("nothing expected", 'EXPECT = "in 40 steps the slow one gets nowhere"', 'EXPECT = ""', "EXPECT"),
+        ("a seed of its own", '"--lr 2e-5"', '"--lr 2e-5 --seed 1"', "sets --seed"),
+        ("another metric than in the runs", "for t in texts) / len(texts)", "for t in texts) / len(texts) + 1",
+         "another task or metric"),
+        ("a metric that is not there", 'VALUE = "accuracy"', 'VALUE = "beauty"', "no metric 'beauty'"),
+        ("a picture without a legend", "    ax.legend()\n", "", "no legend"),
+        ("a sentence without names", 'SENTENCE = "fast is 0.190 above slow (', 'SENTENCE = "0.190 (', "does not name"),
+        ("a sentence in percent", "0.190 above slow (0.152 to 0.228)", "19.0 % above slow (15.2 to 22.8)", "not in percent"),
+        ("the wrong arm", 'VERDICT = "fast"', 'VERDICT = "slow"', "higher is better"),
+        ("not shown", 'VERDICT = "fast"', 'VERDICT = "not shown"', "there is a difference"),
         ("no sentence", "", "", "SENTENCE is still empty")],
 }
 
@@ -221,12 +236,12 @@ def checked(room, number, text):
     return right, ""
 
 
-def a_run(folder, accuracy, kl=1e-9, **config):
+def a_run(folder, accuracy, kl=1e-9, code=0, **config):
     """What a run leaves, as far as checks look at it. Only for what they say of a run: that real runs are like this is
     tried with TENBIT_WORKSHOP=all."""
     folder.mkdir(parents=True)
     rows = [dict(step=i, accuracy=a, kl_k3=kl, kl_k1=kl, exact_share=1.0, tokens=10, mine=a, logp_gap_mean=kl,
-                 length=12 + i % 2) for i, a in enumerate(accuracy, 1)]
+                 length=12 + i % 2, mine_code=code) for i, a in enumerate(accuracy, 1)]
     rows = [dict(config=config), *rows, dict(result={})]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
 
@@ -246,9 +261,10 @@ def runs(room):
     own = room / "08_own.py"
     own.write_text(solution(8), encoding="utf-8")
     space = read(own)
-    for arm, ends in (("A", (0.95, 0.97, 0.96)), ("B", (0.75, 0.80, 0.76))):
+    for arm, ends in (("fast", (0.95, 0.97, 0.96)), ("slow", (0.75, 0.80, 0.76))):
         for seed, end in enumerate(ends):
-            a_run(place / c08_own.folder(arm, seed), [0.6] * 20 + [end] * 10, **vars(c08_own.settings(space, arm)))
+            a_run(place / c08_own.folder(arm, seed), [0.6] * 20 + [end] * 10, code=c08_own.code(space),
+                  **vars(c08_own.settings(space, arm)))
     return place
 
 
@@ -257,8 +273,8 @@ def here(text, number, runs):
     if number == 7:
         return text.replace("out/workshop/", f"{runs}/".replace("\\", "/"))
     if number == 8:                                              # 0.96 - 0.77, sd of the differences 0.01528
-        return text.replace('SENTENCE = ""', 'SENTENCE = "A is 0.190 above B (0.152 to 0.228)"').replace(
-            'VERDICT = ""', 'VERDICT = "A is better"')
+        return text.replace('SENTENCE = ""', 'SENTENCE = "fast is 0.190 above slow (0.152 to 0.228)"').replace(
+            'VERDICT = ""', 'VERDICT = "fast"')
     if number == 2:
         from experiments.explain import study, watched
         from experiments.mismatch import passes
@@ -439,7 +455,7 @@ def test_the_real_runs(number, room, capsys):
     if number == 8:
         with pytest.raises(Wrong, match="SENTENCE"):
             list(e.checks.check(read(e.path)))
-        found = {s: steps_of(ladder.place(c08_own.folder(n, s))) for n in "AB" for s in c08_own.SEEDS}
+        found = {s: steps_of(ladder.place(c08_own.folder(n, s))) for n in ("fast", "slow") for s in c08_own.SEEDS}
         assert all(found.values())
     else:
         assert command.main(["check", str(number)]) == 0, capsys.readouterr().out

@@ -64,7 +64,7 @@ def check(number):
         say(f"\nOne way to write it, {shown(e.solution)}:\n")
         say("\n".join("    " + line for line in e.solution.read_text(encoding="utf-8").splitlines()))
     say("\n" + wrapped(f"Think about it: {e.why} (Answers: workshop/INSTRUCTOR.md, at its end.)"))
-    after = [n for n in EXERCISES if n not in passed()]
+    after = sorted((n for n in EXERCISES if n not in passed()), key=lambda n: (n < number, n))
     say(f"\nNext: python -m workshop start {after[0]}" if after else "\nThat was the last one.")
     return 0
 
@@ -94,7 +94,10 @@ def run(number, flags):
     mine = read(e.path)
     if hasattr(e.checks, "run"):
         return e.checks.run(mine, flags)
-    jobs = e.checks.jobs(mine, flags)                               # name -> flags
+    try:
+        jobs = e.checks.jobs(mine, flags)                           # name -> flags
+    except Wrong as wrong:
+        raise InputError(str(wrong)) from None
     say(f"with {shown(e.path)}" + ", whose check is not passed yet" * (number not in passed()))
     command = [sys.executable, "-m", "workshop.trainer", str(number), str(e.path)]
     if len(jobs) == 1:
@@ -128,7 +131,7 @@ def run(number, flags):
         if hasattr(e.checks, "beside"):
             say(e.checks.beside(mine))
         say(f"side by side, to open in a browser: "
-            f"{shown(page.write(folders, place(e.name) / 'report.html'))}")
+            f"{shown(page.write(folders, place(f'{number:02}-report') / 'report.html'))}")
     return 1 if failed == len(jobs) else 0
 
 

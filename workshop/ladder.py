@@ -53,8 +53,8 @@ EXERCISES = {e.number: e for e in (
              "Clipping before unscaling makes every gradient 65,536 times too small, and with Adam "
              "the run still learns. Why? And what would you have seen with plain SGD?"),
     Exercise(5, "05_bugs", "eight silent bugs", 30,
-             "Accuracy alone would have told you of which of the eight bugs? Which metric would you "
-             "look at first in a run of your own, and why?"),
+             "Which of the eight bugs can you find from accuracy alone? Which metric would you look at "
+             "first in a run of your own, and why?"),
     Exercise(6, "06_cures", "mismatch and its cures", 30,
              "Token-TIS kept the run alive, and the mismatch was still there. What would you expect "
              "if answers were 300 times as long, as in the paper?"),

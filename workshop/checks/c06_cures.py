@@ -74,12 +74,17 @@ def weights(mine):
                 (lambda v: min(math.exp(-v), 2), "weight is mu / pi, upside down: what mu sampled too often "
                  "would count more."),
                 (lambda v: min(v, 2), "weight is the log of the ratio. exp makes the ratio of it."),
+                (lambda v: math.exp(min(v, 2)), "weight caps the log at 2, and so the ratio at 7.4: cap "
+                 "after exp."),
                 (lambda v: max(math.exp(v), 2), "weight is at least 2: the cap is an upper end."),
                 (lambda v: math.exp(v) if math.exp(v) <= 2 else 0.0, "weight leaves out what is above 2. "
                  "That is MIS, masked; TIS cuts it to 2.")):
             require(not like(rule) or size < 1 and rule(0.1) != 1, said)
         truth = d.exp().clamp(max=2)
         at = divmod(int((x - truth).abs().argmax()), 7)
+        whole = d.sum(1, keepdim=True).exp().clamp(max=2).expand(5, 7)
+        require(size < 1 or not bool(((x - whole).abs() <= 1e-3).all()), "weight is one number for a whole "
+                "answer. That is seq-TIS; here each token has its own.")
         require(like(lambda v: min(math.exp(v), 2)), "weight is not pi / mu, at most 2: for log pi - log mu "
                 f"= {float(d[at]):.4g} it gave {float(x[at]):.4g}, not {float(truth[at]):.4g}.")
     yield "weight: pi / mu of each token, at most 2"
@@ -135,7 +140,7 @@ def right(name, cfg, rollout, training, weighed):
             f"wrong way round. --precision is training's, --rollout-precision the rollout's: here "
             f"training has {training}.")
     require(have == (rollout, training), f"{where}: the rollout is in {have[0]} and training in "
-            f"{have[1]}; asked for are {rollout} and {training} (--rollout-precision, --precision).")
+            f"{have[1]}. Asked: rollout {rollout} (--rollout-precision), training {training} (--precision).")
     require(cfg.algo == "dr-grpo", f"{where} takes the algorithm {cfg.algo}: compare like with like, "
             "all four are dr-grpo.")
     require(cfg.old_policy == "recomputed", f"{where} lacks --old-policy recomputed. Without it the "

@@ -8,12 +8,14 @@ from data import draw_problems, stream
 from data.tokenizer import encode
 from model import GPT
 from operators.exact import ExactNumerics
-from precision import Numerics
+from precision import InputError, Numerics
 from run.base import gpt_config, load_task
 from sample import Sampler
 from train_rl import Batch, parse_config, score
-from workshop.ladder import JOB, call, require, shown, steps_of, word
+from workshop.ladder import JOB, Wrong, call, place, require, shown, steps_of, word
 
+ORDER = dict(a="the number format", b="the shape of the whole call: how many rows there are at once",
+             c="the numbers that are added", d="how busy the machine is")
 OPERATORS = "product", "logits", "log_softmax", "rms_norm", "swiglu", "attention"
 
 
@@ -28,8 +30,9 @@ def three(mine):
     x = getattr(mine, "NUMBERS", None)
     fits = isinstance(x, (tuple, list)) and len(x) == 3 and all(type(t) in (int, float) for t in x)
     require(fits, "NUMBERS are three numbers.")
-    a, b, c = map(np.float32, x)
-    require(np.isfinite([a, b, c]).all(), "NUMBERS are three finite numbers.")
+    with np.errstate(over="ignore"):
+        a, b, c = map(np.float32, x)
+    require(np.isfinite([a, b, c]).all(), f"Of NUMBERS, {x}, one is inf in FP32, which ends at 3.4e38.")
     with np.errstate(all="ignore"):
         left, right = (a + b) + c, a + (b + c)
     require(left != right, f"In FP32 ({a} + {b}) + {c} and {a} + ({b} + {c}) are both {left}. Try a "
@@ -59,7 +62,10 @@ def pairs(mine):
     for n in (1, 2, 3, 8, 13, 100):
         rng = np.random.default_rng(n)
         x = (rng.normal(size=(40, n)) * 10.0 ** rng.integers(-4, 5, (40, n))).astype(np.float32)
-        y = call(mine, "pair_sum", torch.tensor(x))
+        try:
+            y = call(mine, "pair_sum", torch.tensor(x))
+        except InputError as e:
+            raise Wrong(f"{e}. (This was a row of {n} numbers: an odd one at the end goes on as it is.)") from None
         require(isinstance(y, torch.Tensor) and y.shape == (40,) and y.dtype == torch.float32,
                 f"pair_sum gave {type(y).__name__} {tuple(getattr(y, 'shape', ()))} for 40 rows of {n} "
                 "numbers: it gives an FP32 tensor of shape (40,).")
@@ -134,18 +140,17 @@ def turned_back(mine):
     told = ", ".join(f"{rows} at once {a / b:.2f}" for rows, (a, b) in by_rows.items())
     if over_all(by_rows) == 1:
         do = [n for n in OPERATORS if over_all(shares(back(n)("bf16"))) < 1]
-        require(not do, f"With the plain {plain[0]} exact_share is still 1 here: this machine's library "
-                f"adds in one order anyway. Turn back another one; here it is {', '.join(do)} that "
-                "make a difference.")
-        yield "on this machine no operator makes a difference: its library adds in one order anyway"
+        require(not do, f"With the plain {plain[0]} exact_share is still 1 here: at these sizes this "
+                "machine computes it in one way. Turn back another one. A difference here make: "
+                f"{', '.join(do)}.")
+        yield "on this machine no operator makes a difference: at these sizes it computes in one way"
     else:
         yield f"with the plain {plain[0]}, in BF16, exact_share is no longer 1. Answers: {told}"
-    order = word(mine, "ORDER", "of what, in words, does the order of a plain product's sums depend?")
-    known = ("shape", "row", "size", "batch", "thread", "call", "many", "length", "number", "kernel")
-    require(any(k in order.lower() for k in known), f"ORDER says {order!r}. A library picks its kernel, "
-            "and with it the order, by something that differs between 128 answers at once and one "
-            "token more for each. docs/exact.md has a table.")
-    yield f"and the order depends on: {order}"
+    letter = word(mine, "ORDER", "which letter is it?", ORDER)
+    why = dict(a="all of these calls were in BF16, and their shares differ.",
+               c="both passes add the same numbers.", d="the same call gives the same bits every time.")
+    require(letter == "b", f"ORDER: not {letter!r}, \"{ORDER[letter]}\": {why.get(letter)}")
+    yield f"the order depends on {ORDER[letter]}"
 
 
 def proof(mine):
@@ -156,7 +161,8 @@ def proof(mine):
     cfg, steps = found
     require(cfg["precision"] == "bf16" and cfg["rollout_precision"] in ("", "bf16"), f"RUN: {folder} is "
             f"a run in {cfg['precision']}, and BF16 is asked.")
-    require(cfg["exact"], f"RUN: {folder} ran without --exact. Its KL is small, and not 0.")
+    require(cfg["exact"], f"RUN: {folder} ran without --exact. (Its largest KL of a step was "
+            f"{max(m['kl_k3'] for m in steps):.1e}.)")
     worst = max(steps, key=lambda m: m["kl_k3"])
     require(all(m["exact_share"] == 1 and m["kl_k3"] == 0 for m in steps), f"RUN: in step "
             f"{worst['step']} the KL is {worst['kl_k3']}. Show this to the instructor.")
@@ -171,6 +177,18 @@ def proof(mine):
 def jobs(mine, flags):
     return {"07-mine": [*JOB, "--precision", "bf16", *flags],
             "07-exact": [*JOB, "--precision", "bf16", "--exact", *flags]}
+
+
+def beside(mine):
+    """How exact both runs were."""
+    lines = []
+    for name in ("07-mine", "07-exact"):
+        steps = steps_of(place(name))[1]
+        lines.append(f"  {name:10} exact_share {min(m['exact_share'] for m in steps):.4f} at least, KL "
+                     f"{max(m['kl_k3'] for m in steps):.1e} at most")
+    alike = all(m["exact_share"] == 1 for m in steps_of(place("07-mine"))[1])
+    return "\n".join(lines + ["  (Mine makes no difference in this run, with 128 answers at once and a "
+                              "narrow model; try attention)"] * alike)
 
 
 def install(mine):

@@ -3,6 +3,7 @@ import inspect
 import math
 import re
 import shlex
+import zlib
 
 import numpy as np
 
@@ -10,14 +11,15 @@ from data import Problem
 from data.own import load_own
 from precision import InputError
 from run.flags import check as check_flags
+from run.flags import plain
 from train_rl import parse_config
-from workshop.ladder import Wrong, call, close, place, require, steps_of, word
+from workshop.ladder import Shown, Wrong, call, close, place, require, steps_of, word
 
 SEEDS = 0, 1, 2
 T = 4.303                               # Student's t for 3 pairs, two-sided, 5 %
 SIZE = ("--preset cpu --device cpu --n-layers 2 --width 64 --base-steps 400 --base-batch 64 "
         "--base-lr 4e-3 --pool 100 --heldout 20 --prompts 16 --steps 40 --lr 1e-3").split()
-VERDICTS = "A is better", "B is better", "not shown"
+SHARED = "lr group prompts steps temperature algo clip precision updates_per_batch".split()
 
 
 def check(mine):
@@ -25,6 +27,7 @@ def check(mine):
     yield from rewards(mine)
     yield from demonstrator(mine, own, drawn)
     yield from metric(mine)
+    yield from arms(mine)
     yield from interval(mine)
     yield from experiment(mine)
 
@@ -84,6 +87,9 @@ def rewards(mine):
             both = f"{other.answer} {p.answer} {other.answer}"
             require(of(both) < 1, f"reward gives 1 for {both!r}, which only holds the right answer among "
                     "others. A policy finds this out, and learns to guess everything at once.")
+        for junk in (f"{p.answer}zz", f"{p.answer} {p.answer}"):
+            require(of(junk) < 1, f"reward gives 1 for {junk!r}, and the answer is {p.answer!r}: what stands "
+                    "beside it would cost nothing.")
     yield "its reward: 1 for right answers, less for others, for an empty one and for several at once"
 
 
@@ -99,7 +105,8 @@ def metric(mine):
                 "one finite number for a step, also if no answer is right or all are the same.")
         found.append(float(x))
     require(len(set(found)) > 1, f"metric gives {found[0]:g} whatever the answers are.")
-    yield f"a metric: {found[0]:.3g}, {found[2]:.3g}, {found[3]:.3g} for three kinds of answers"
+    yield (f"a metric: {found[0]:.3g} for two right answers of five, {found[2]:.3g} for five long right ones, "
+           f"{found[3]:.3g} for five short wrong ones")
 
 
 def interval(mine):
@@ -139,33 +146,64 @@ def settings(mine, name):
     require(isinstance(flags, str), f"ARMS[{name!r}] is a text with flags.")
     try:
         cfg, given = parse_config([*SIZE, "--task", str(mine.path), *shlex.split(flags)])
-        return check_flags(cfg, given)
+        check_flags(cfg, given)
     except (InputError, ValueError) as e:
         raise Wrong(f"ARMS[{name!r}]: {e}") from None
     except SystemExit:
         raise Wrong(f"ARMS[{name!r}] = {flags!r}: see the line above.") from None
+    own = [flag for flag in ("--seed", "--out", "--task") if flag in shlex.split(flags)]
+    require(not own, f"ARMS[{name!r}] sets {', '.join(own)}: the workshop does that for each run.")
+    return cfg
+
+
+def compared(mine):
+    """The two arms' settings, and the names of those that differ."""
+    require(isinstance(getattr(mine, "ARMS", None), dict) and len(mine.ARMS) == 2, "ARMS has two entries: a "
+            "name and the flags of each arm.")
+    configs = {name: settings(mine, name) for name in mine.ARMS}
+    one, two = configs.values()
+    change = [k for k in vars(one) if getattr(one, k) != getattr(two, k)]
+    same = ", ".join(f"--{k.replace('_', '-')} {plain(getattr(one, k))}" for k in SHARED)
+    require(change, f"The two arms have the same settings: nothing is compared. The small job has {same}.")
+    return configs, change
+
+
+def arms(mine):
+    configs, change = compared(mine)
+    word(mine, "EXPECT", "what do you expect of the two arms, and why? Before the runs.")
+    word(mine, "VALUE", "the metric that the arms are compared by, \"mine\" or one of docs/metrics.md")
+    word(mine, "GOOD", "is a higher VALUE better, or a lower one?", ("higher", "lower"))
+    yield f"two arms, {' and '.join(map(str, configs))}, that differ in {', '.join(change)}"
+    if len(change) > 1 and "algo" not in change:
+        yield Shown("           (More than one setting differs: which of them it is, nobody will know.)")
+    if "temperature" in change:
+        yield Shown("           (accuracy is that of sampled answers: at a higher temperature it is lower, "
+                    "whatever was learned.)")
+
+
+def code(mine):
+    """A number for what the runs depend on: the task and the metric as they are written."""
+    lines = [line for name in ("problem", "demonstrate", "reward", "metric") for line in inspect_lines(mine, name)]
+    return zlib.crc32("".join(lines).encode())
 
 
 def experiment(mine):
-    arms = getattr(mine, "ARMS", None)
-    require(isinstance(arms, dict) and len(arms) == 2, "ARMS has two entries: a name and the flags of each "
-            "arm.")
-    names, configs = [*arms], [settings(mine, name) for name in arms]
-    change = [k for k in vars(configs[0]) if getattr(configs[0], k) != getattr(configs[1], k)]
-    require(change, "The two arms have the same settings: nothing is compared.")
+    configs, change = compared(mine)
+    names = [*configs]
     steps = {(n, s): steps_of(place(folder(n, s))) for n in names for s in SEEDS}
     missing = [f"{n} seed {s}" for (n, s), found in steps.items() if not found]
     require(not missing, f"No finished run of {', '.join(missing)}: python -m workshop run 8")
     for (n, s), (config, rows) in steps.items():
-        now = vars(configs[names.index(n)])
+        now = vars(configs[n])
         other = [k for k in change if config[k] != (list(now[k]) if isinstance(now[k], tuple) else now[k])]
         require(not other, f"{n} seed {s} ran with other flags ({', '.join(other)}): python -m workshop run 8")
-        require(all("mine" in m for m in rows), f"{n} seed {s} has no metric of yours: python -m workshop run 8")
-    value = word(mine, "VALUE", "the metric that the arms are compared by, of the last ten steps")
-    known = sorted({k for m in steps[names[0], 0][1] for k in m} - {"step"})
+        require(all(m.get("mine_code") == code(mine) for m in rows), f"{n} seed {s} ran with another task or "
+                "metric than your file has now: python -m workshop run 8")
+    value, good = word(mine, "VALUE", "a metric"), word(mine, "GOOD", "higher or lower", ("higher", "lower"))
+    known = sorted({k for m in steps[names[0], 0][1] for k in m} - {"step", "mine_code"})
     require(value in known, f"VALUE: no metric {value!r}. There are {', '.join(known)}.")
     ends = [[last(steps[n, s][1], value) for s in SEEDS] for n in names]
-    mean, half = map(float, call(mine, "difference", *ends))
+    mean, half = (0.0 if abs(x) < 1e-12 else float(x) for x in call(mine, "difference", *ends))
     low, high = mean - half, mean + half
     yield (f"{value}, last ten steps, seeds 0 to 2: {names[0]} {text(ends[0])}, {names[1]} {text(ends[1])}; "
            f"difference {mean:.3g}, interval {low:.3g} to {high:.3g}")
@@ -182,29 +220,38 @@ def experiment(mine):
         ax = figure.axes[0]
         require(len(ax.lines) + len(ax.collections) + len(ax.containers) >= 2, "The picture shows less "
                 "than two arms.")
+        require(ax.get_legend() or figure.legends, "The picture has no legend: which line is which arm?")
         require(ax.get_xlabel() and ax.get_ylabel(), "The picture's axes have no labels: of what, in which "
                 "unit?")
         figure.savefig(place("08.png"), dpi=100)
         plt.close(figure)
         yield "a picture: out/workshop/08.png"
     sentence = word(mine, "SENTENCE", "what was compared, by how much do they differ, how sure is it? With "
-                    "the mean difference and both ends of its interval.")
-    said = [float(x) for x in re.findall(r"(?<![\w.])-?\d+\.?\d*(?:e-?\d+)?", sentence.replace("−", "-"))]
+                    "the names of the arms, the mean difference and both ends of its interval.")
+    unnamed = [str(n) for n in names if str(n) not in sentence]
+    require(not unnamed, f"SENTENCE does not name {' and '.join(unnamed)}.")
+    rest = sentence
+    for n in names:                                              # a digit in a name is no result
+        rest = rest.replace(str(n), " ")
+    said = [float(x) for x in re.findall(r"(?<![\w.])-?\d+\.?\d*(?:e-?\d+)?", rest.replace("−", "-"))]
     for what, x in (("the mean difference", mean), ("the interval's low end", low),
                     ("the interval's high end", high)):
         off = max(0.006, 0.06 * abs(x)) if abs(x) >= 0.05 else 0.06 * abs(x) + 5e-4
-        require(any(abs(t - x) <= off for t in said), f"SENTENCE lacks {what}, {x:.3g}.")
-    verdict = word(mine, "VERDICT", "what do three seeds show?", VERDICTS)
+        require(any(abs(t - x) <= off for t in said), f"SENTENCE lacks {what}, {x:.3g}. Write numbers with a "
+                f"point and not in percent, all three: {mean:.3g} ({low:.3g} to {high:.3g}).")
+    verdict = word(mine, "VERDICT", f"which arm is better? {' or '.join(map(str, names))}, or \"not shown\".",
+                   (*map(str, names), "not shown"))
     if low <= 0 <= high:
         require(verdict == "not shown", f"VERDICT: the interval, {low:.3g} to {high:.3g}, holds 0: three "
                 "seeds do not show a difference. That is a result as well.")
     else:
         require(verdict != "not shown", f"VERDICT: the interval, {low:.3g} to {high:.3g}, does not hold 0: "
                 "there is a difference.")
-        good = word(mine, "GOOD", "is a higher VALUE better, or a lower one?", ("higher", "lower"))
-        better = "A is better" if (mean > 0) == (good == "higher") else "B is better"
-        require(verdict == better, f"VERDICT: the mean of A - B is {mean:.3g}, and {good} is better.")
+        better = str(names[(mean > 0) != (good == "higher")])
+        require(verdict == better, f"VERDICT: the mean of {names[0]} - {names[1]} is {mean:.3g}, and {good} is "
+                "better.")
     yield f"{verdict}: {sentence}"
+    yield Shown("           (The check reads numbers and names. Your neighbor reads whether the sentence is true.)")
 
 
 def text(values):
@@ -227,7 +274,7 @@ def jobs(mine, flags):
     """Two arms, three seeds each; with flags one run."""
     if flags:
         return {"08": [*SIZE, "--task", str(mine.path), *flags]}
-    require(isinstance(getattr(mine, "ARMS", None), dict), "ARMS has a name and flags for each arm.")
+    list(arms(mine))
     return {folder(n, s): [*SIZE, "--task", str(mine.path), "--seed", str(s), *shlex.split(f)]
             for s in SEEDS for n, f in mine.ARMS.items()}
 
@@ -240,6 +287,6 @@ def install(mine):
 
     def with_mine(self, *args):
         texts = self.batch.rollout.texts(Bytes)
-        return row(self, *args) | dict(mine=float(call(
-            mine, "metric", texts, self.batch.rewards.flatten().cpu().numpy())))
+        x = float(call(mine, "metric", texts, self.batch.rewards.flatten().cpu().numpy()))
+        return row(self, *args) | dict(mine=x, mine_code=code(mine))
     Meter.row = with_mine

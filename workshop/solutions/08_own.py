@@ -23,9 +23,10 @@ def metric(texts, rewards):
     return sum(list(t) == sorted(t) for t in texts) / len(texts)
 
 
-ARMS = {"A": "--lr 1e-3", "B": "--lr 2e-5"}
+ARMS = {"fast": "--lr 1e-3", "slow": "--lr 2e-5"}
 VALUE = "accuracy"
 GOOD = "higher"
+EXPECT = "in 40 steps the slow one gets nowhere"
 
 
 def difference(a, b):

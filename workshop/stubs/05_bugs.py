@@ -7,5 +7,6 @@ CASE = 0                        # your trainer: `start 5` drew it. Its bug is on
 # "clip before unscale", "advantages of other answers"
 BUG = ""
 
-# How do you know? Name a metric and say what it does that the sound run's does not.
+# How do you know? Name a metric and say what it does that the sound run's does not. (The check reads
+# the metric's name. Your neighbor reads the rest.)
 EVIDENCE = ""

@@ -1,4 +1,6 @@
 """Exercise 7: exactness. The page is workshop/pages/07_exact.md"""
+import torch  # noqa: F401
+
 from operators.exact import ExactNumerics
 from precision import Numerics  # noqa: F401
 
@@ -18,7 +20,11 @@ class Mine(ExactNumerics):
     logits, log_softmax, rms_norm, swiglu, attention."""
 
 
-# On what does the order of a plain product's sums depend? In a few words.
+# On what does the order of a plain operator's sums depend? A letter.
+#   a  the number format
+#   b  the shape of the whole call: how many rows there are at once
+#   c  the numbers that are added
+#   d  how busy the machine is
 ORDER = ""
 
 # The folder of a run with --exact --precision bf16, such as python -m workshop run 7 makes

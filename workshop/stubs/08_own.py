@@ -26,14 +26,16 @@ def metric(texts, rewards):
     return 0.0
 
 
-# 3. An experiment: two arms, three seeds. A name and flags of train_rl.py for each.
+# 3. An experiment: two arms, three seeds. A name and flags of train_rl.py for each, one thing apart.
+# The job has --lr 1e-3 --group 8 --prompts 16 --steps 40 --temperature 1 --precision fp16
 ARMS = {"A": "", "B": ""}
 VALUE = ""                      # what they are compared by: a metric, "mine" or another
 GOOD = ""                       # "higher" or "lower" is better
+EXPECT = ""                     # before the runs: what do you expect, and why?
 
 
 def difference(a, b):
-    """VALUE in the end, three seeds of each arm: a[0] and b[0] are of seed 0. -> the mean of a - b,
+    """Two lists, VALUE in the end of three seeds of each arm: a[0] and b[0] are of seed 0. -> the mean of a - b,
     and half of its 95 % interval: 4.303 sd / sqrt(3), sd the deviation of the differences."""
     return 0.0, 0.0
 
@@ -43,6 +45,6 @@ def picture(plt, curves):
     return plt.figure()
 
 
-# What was found: the mean difference, the interval's ends
+# What was found: the names of the arms, the mean difference, the interval's ends
 SENTENCE = ""
-VERDICT = ""                    # "A is better", "B is better" or "not shown"
+VERDICT = ""                    # the name of the better arm, or "not shown"
