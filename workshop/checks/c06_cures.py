@@ -123,10 +123,11 @@ def mean_kl(steps):
     return sum(float(m["kl_k3"]) for m in steps) / len(steps)
 
 
-def settings(name, flags):
+def settings(name, flags, base=BASE):
+    """An arm's flags -> the run's settings."""
     require(isinstance(flags, str), f"ARMS[{name!r}] is a text with flags.")
     try:
-        cfg, given = parse_config([*BASE, *shlex.split(flags)])
+        cfg, given = parse_config([*base, *shlex.split(flags)])
         return check_flags(cfg, given)
     except (InputError, ValueError) as e:
         raise Wrong(f"ARMS[{name!r}]: {e}") from None

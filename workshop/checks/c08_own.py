@@ -10,9 +10,8 @@ import numpy as np
 from data import Problem
 from data.own import load_own
 from precision import InputError
-from run.flags import check as check_flags
 from run.flags import plain
-from train_rl import parse_config
+from workshop.checks import c06_cures
 from workshop.ladder import Shown, Wrong, call, close, place, require, steps_of, word
 
 SEEDS = 0, 1, 2
@@ -143,14 +142,7 @@ def interval(mine):
 
 def settings(mine, name):
     flags = mine.ARMS[name]
-    require(isinstance(flags, str), f"ARMS[{name!r}] is a text with flags.")
-    try:
-        cfg, given = parse_config([*SIZE, "--task", str(mine.path), *shlex.split(flags)])
-        check_flags(cfg, given)
-    except (InputError, ValueError) as e:
-        raise Wrong(f"ARMS[{name!r}]: {e}") from None
-    except SystemExit:
-        raise Wrong(f"ARMS[{name!r}] = {flags!r}: see the line above.") from None
+    cfg = c06_cures.settings(name, flags, [*SIZE, "--task", str(mine.path)])
     own = [flag for flag in ("--seed", "--out", "--task") if flag in shlex.split(flags)]
     require(not own, f"ARMS[{name!r}] sets {', '.join(own)}: the workshop does that for each run.")
     return cfg
