@@ -249,8 +249,9 @@ def write(folders, path="", watch=False):
     """The page as a file, by default report.html in the first run's folder. The old one or the new
     one is there at every moment."""
     path = pathlib.Path(path or pathlib.Path(folders[0]) / "report.html")
+    page = build(folders, watch).encode("utf-8", "replace")         # before a folder is made for it
     with replacing(path) as f:
-        f.write(build(folders, watch).encode("utf-8", "replace"))
+        f.write(page)
     return path
 
 

@@ -329,3 +329,9 @@ def test_without_scripts_the_text_is_there(tmp_path):
     document, _ = dom(tmp_path, bare, "")
     said = words(document)
     assert "right answer" in said and "Largest mismatch" in said and "Curves need JavaScript" in said
+
+
+def test_a_folder_that_is_not_there_is_not_made(tmp_path):
+    with pytest.raises(InputError, match="no metrics.jsonl"):
+        page.write([tmp_path / "nowhere"])
+    assert not (tmp_path / "nowhere").exists()
