@@ -337,6 +337,12 @@ def test_what_is_wrong_with_a_file_is_one_line(room):
         read(room / "04_loss_scale.py")
 
 
+def test_a_run_with_a_wrong_weight_is_not_begun(room):
+    """The check would take it for a run with the right one."""
+    with pytest.raises(Wrong, match="nothing is weighed"):
+        EXERCISES[6].checks.jobs(read(EXERCISES[6].stub), [])
+
+
 def test_the_command(room, capsys, monkeypatch):
     """start, check, status; a file that is there is not lost; progress is a text file."""
     def run(*argv):
@@ -392,7 +398,7 @@ def test_runs_take_what_was_written(room):
     def trained(number, text, *flags, out):
         path = room / f"{EXERCISES[number].name}.py"
         path.write_text(text, encoding="utf-8")
-        job = next(iter(EXERCISES[number].checks.jobs(read(path), ["--steps", "1", *flags]).values()))
+        job = next(iter(EXERCISES[number].checks.jobs(read(EXERCISES[number].solution), ["--steps", "1", *flags]).values()))
         command_ = [sys.executable, "-m", "workshop.trainer", str(number), str(path), *job, "--out", str(room / out)]
         done = subprocess.run(command_, cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr

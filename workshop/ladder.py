@@ -1,7 +1,6 @@
 """What the exercises have in common: their list, the participant's files, what a check says."""
 import datetime
 import importlib
-import json
 import math
 import pathlib
 import subprocess
@@ -10,9 +9,12 @@ import time
 import types
 from dataclasses import dataclass
 
+import torch
+
 from data.own import patience, told
 from operators.code import ROOT
 from precision import InputError
+from run.folder import read as read_log
 
 HERE = pathlib.Path(__file__).resolve().parent
 MINE = HERE / "mine"                    # the participant's files; git leaves them alone
@@ -99,6 +101,14 @@ def call(mine, name, *args):
         return function(*args)
 
 
+def tensor(mine, name, shape, *args):
+    """The same for a function that gives a tensor of this shape."""
+    y = call(mine, name, *args)
+    require(isinstance(y, torch.Tensor) and y.shape == shape, f"{name} gave {type(y).__name__} "
+            f"{tuple(getattr(y, 'shape', ()))}, not a tensor of shape {tuple(shape)}.")
+    return y
+
+
 def one_number(mine, name, *args):
     """The same for a function that gives one number -> a float."""
     x = call(mine, name, *args)
@@ -138,10 +148,7 @@ def close(x, truth, relative=1e-4):
 
 def steps_of(folder):
     """-> a finished run's settings, and its steps' metrics; None for a run that is not there."""
-    path = pathlib.Path(folder) / "metrics.jsonl"
-    if not path.is_file():
-        return None
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [*read_log(pathlib.Path(folder) / "metrics.jsonl")]
     if not rows or "result" not in rows[-1]:
         return None
     return rows[0]["config"], [r for r in rows if "step" in r]

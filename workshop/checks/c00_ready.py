@@ -10,15 +10,13 @@ OTHERS = "exercise 8's picture and curves.png"
 
 
 def check(_):
-    version = sys.version_info[:2]
-    require(version >= (3, 11), f"This is Python {platform.python_version()}; 3.11 is the oldest "
+    require(sys.version_info >= (3, 11), f"This is Python {platform.python_version()}; 3.11 is the oldest "
             "that will do. Make the environment anew with a newer one.")
     yield f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
     import numpy
     import tiktoken
     import torch
-    torch_version = torch.__version__
-    yield (f"torch {torch_version}, numpy {numpy.__version__}, tiktoken {tiktoken.__version__}, "
+    yield (f"torch {torch.__version__}, numpy {numpy.__version__}, tiktoken {tiktoken.__version__}, "
            f"{torch.get_num_threads()} threads")
     for folder in (MINE, RUNS):
         try:
@@ -36,8 +34,8 @@ def check(_):
     yield (f"the smallest job ran in {seconds:.0f} seconds, its base model included: accuracy "
            f"{steps[0]['accuracy']:.2f} to {last:.2f}")
     plain = why_plain("cpu")
-    yield (f"no compiled operators ({plain}): all exercises work, their runs take about twice as "
-           "long" if plain else "compiled operators: runs are about twice as fast as without")
+    yield (f"no compiled operators ({plain}): all exercises work, their runs take up to two and a "
+           "half times as long" if plain else "compiled operators: runs are faster with them")
     if importlib.util.find_spec("matplotlib") is None:
         yield f"matplotlib is missing: pip install matplotlib, for {OTHERS}; nothing else needs it"
     yield "ready: python -m workshop start 1"

@@ -5,7 +5,7 @@ import numpy as np
 import torch
 
 from precision import Numerics
-from workshop.ladder import JOB, call, number, require
+from workshop.ladder import JOB, call, number, require, tensor
 
 FORMATS = {"fp16": (5, 10), "bf16": (8, 7), "e5m2": (5, 2), "e4m3": (4, 3), "e2m1": (2, 1)}
 
@@ -21,11 +21,8 @@ def numbers(exp, man):
 
 def given(mine, x, exp, man):
     """What round_to_format makes of the FP64 numbers x, which FP32 can hold, as FP64."""
-    y = call(mine, "round_to_format", torch.tensor(x, dtype=torch.float32), exp, man)
-    require(isinstance(y, torch.Tensor) and y.shape == (len(x),),
-            f"round_to_format gave {type(y).__name__} {tuple(getattr(y, 'shape', ()))} for a tensor "
-            f"of shape ({len(x)},): it gives a tensor of the same shape.")
-    return y.double().numpy()
+    x = torch.tensor(x, dtype=torch.float32)
+    return tensor(mine, "round_to_format", x.shape, x, exp, man).double().numpy()
 
 
 def told(x):

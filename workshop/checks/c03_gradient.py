@@ -4,20 +4,9 @@ import numpy as np
 import torch
 
 from algorithms import ALGORITHMS, Algorithm, constant
-from workshop.ladder import JOB, call, close, live, require
+from workshop.ladder import JOB, call, close, live, require, tensor
 
 LOW, HIGH = 0.1, 0.3                    # unlike each other, so that an exchange is seen
-
-
-def tensor(x):
-    return torch.tensor(x, dtype=torch.float32)
-
-
-def values(mine, name, shape, *args):
-    y = call(mine, name, *args)
-    require(isinstance(y, torch.Tensor) and y.shape == shape, f"{name} gave {type(y).__name__} "
-            f"{tuple(getattr(y, 'shape', ()))}, not a tensor of shape {tuple(shape)}.")
-    return y
 
 
 def check(mine):
@@ -36,7 +25,7 @@ def advantages(mine):
     for size in (1.0, 1e-3):
         rewards = np.array([[1, 0, 0, 0], [1, 1, 1, 0], [0.5, 0.25, 1, 0.125]]) * size
         truth = [[x - sum(row) / 4 for x in row] for row in rewards.tolist()]
-        truth, x = np.array(truth), values(mine, "advantage", (3, 4), tensor(rewards)).numpy()
+        truth, x = np.array(truth), tensor(mine, "advantage", (3, 4), torch.tensor(rewards).float()).numpy()
 
         def like(other, x=x, truth=truth):
             return np.abs(x - other).max() <= 1e-4 * np.abs(truth).max()
@@ -56,7 +45,7 @@ def advantages(mine):
         require(like(truth), f"advantage gave {x[0].round(6).tolist()} for the rewards "
                 f"{rewards[0].tolist()}, not {truth[0].round(6).tolist()}.")
     for same in (1.0, 0.1, 0.7):
-        x = values(mine, "advantage", (1, 7), tensor([[same] * 7]))
+        x = tensor(mine, "advantage", (1, 7), torch.tensor([[same] * 7]))
         require((x.abs() < 1e-6).all(), f"Seven rewards of {same} gave advantages up to "
                 f"{float(x.abs().max()):.2g}: a group that agrees teaches nothing.")
     yield "advantage"
@@ -79,7 +68,7 @@ def cases():
 
 
 def token_losses(mine, logp, old, a):
-    return values(mine, "loss", logp.shape, torch.tensor(logp), torch.tensor(old), torch.tensor(a),
+    return tensor(mine, "loss", logp.shape, torch.tensor(logp), torch.tensor(old), torch.tensor(a),
                   LOW, HIGH)
 
 
@@ -122,7 +111,7 @@ def gradients(mine):
     """Of the sum of the losses, against finite differences of the formula in FP64."""
     logp, old, a = cases()
     pi = torch.tensor(logp, requires_grad=True)
-    y = values(mine, "loss", logp.shape, pi, torch.tensor(old), torch.tensor(a), LOW, HIGH).sum()
+    y = tensor(mine, "loss", logp.shape, pi, torch.tensor(old), torch.tensor(a), LOW, HIGH).sum()
     require(y.requires_grad, "loss has no gradient: logp went through .detach(), .item() or numpy on "
             "its way.")
     grad, = torch.autograd.grad(y, [pi], allow_unused=True)
